@@ -1,0 +1,1 @@
+"""Compress trained models under a measured latency budget."""

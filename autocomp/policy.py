@@ -1,0 +1,168 @@
+"""What a search decides (`Policy`) and how a decision is turned into weights (`Recipe`)."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, Self
+
+from autocomp.errors import InputError
+
+__all__ = ["FP32", "INT8", "Policy", "Precision", "Recipe", "digest_of"]
+
+FORMAT = 1
+_FLOATS = ("fp32", "fp16", "bf16")
+
+
+def digest_of(data: object) -> str:
+    """SHA-256 of plain data, independent of key order."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Precision:
+    """Numeric type of a layer's weights and of the activations it reads and writes.
+
+    Written ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``w4a8`` for weights of 4 and activations of 8 bits.
+    """
+
+    weight: str = "fp32"
+    activation: str = "fp32"
+
+    def __post_init__(self) -> None:
+        both_float = self.weight in _FLOATS and self.activation == self.weight
+        both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
+        if not (both_float or both_int):
+            raise InputError(f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, int8 or w4a8")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Raises: InputError if ``text`` names no precision."""
+        if match := re.fullmatch(r"w([2-8])a([2-8])", text):
+            return cls(f"int{match[1]}", f"int{match[2]}")
+        return cls(text, text)
+
+    @property
+    def is_integer(self) -> bool:
+        return self.weight.startswith("int")
+
+    @property
+    def weight_bits(self) -> int:
+        return _bits(self.weight)
+
+    @property
+    def activation_bits(self) -> int:
+        return _bits(self.activation)
+
+    def __str__(self) -> str:
+        return self.weight if self.weight == self.activation else f"w{self.weight_bits}a{self.activation_bits}"
+
+
+def _bits(kind: str) -> int:
+    return int(re.sub(r"\D", "", kind))
+
+
+FP32 = Precision("fp32", "fp32")
+INT8 = Precision("int8", "int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """One point of the search space. Only deviations from the uncompressed model are stored.
+
+    Attributes:
+        kept: group name -> channels kept, for groups that lose some.
+        dropped: names of the residual branches removed.
+        precisions: layer name -> precision, for layers that do not run in fp32.
+    """
+
+    kept: Mapping[str, int] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
+    precisions: Mapping[str, Precision] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = [name for name, count in self.kept.items() if isinstance(count, bool) or count < 1]
+        if bad:
+            raise InputError(f"group {bad[0]} would keep no channel: keep at least 1, or drop its branch")
+        object.__setattr__(self, "kept", MappingProxyType(dict(sorted(self.kept.items()))))
+        object.__setattr__(self, "dropped", frozenset(self.dropped))
+        chosen = {name: p for name, p in sorted(self.precisions.items()) if p != FP32}
+        object.__setattr__(self, "precisions", MappingProxyType(chosen))
+
+    def precision(self, layer: str) -> Precision:
+        return self.precisions.get(layer, FP32)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # mapping proxies do not pickle
+        return (Policy, (dict(self.kept), self.dropped, dict(self.precisions)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "kept": dict(self.kept),
+            "dropped": sorted(self.dropped),
+            "precisions": {name: str(precision) for name, precision in self.precisions.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises: InputError if the data is no policy, or one of another format version."""
+        if data.get("format") != FORMAT:
+            raise InputError(f"policy format {data.get('format')!r} is not {FORMAT}: write it again with this version")
+        unknown = set(data) - {"format", "kept", "dropped", "precisions"}
+        if unknown:
+            raise InputError(f"unknown keys in a policy: {', '.join(sorted(unknown))}")
+        try:
+            precisions = {name: Precision.parse(text) for name, text in data["precisions"].items()}
+            return cls(dict(data["kept"]), frozenset(data["dropped"]), precisions)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is no policy: {error!r}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a policy is turned into weights. With policy, weights and data it rebuilds the same model bit for bit.
+
+    Attributes:
+        importance: which channels of a group go first; ``group_l2`` removes those of least summed squared weight.
+        reconstruction: ``closed_form`` solves each reading layer for the original output; ``none`` only slices.
+        ridge: of the closed-form solve, as a fraction of the mean variance of the layer's inputs.
+        recalibration: of the normalised layers' statistics; ``auto`` keeps it where it lowers the divergence
+            on the calibration split.
+        ranges: of int8 activations: ``minmax`` or ``percentile``.
+        percentile: of the absolute activations kept inside the range, in percent.
+        images: calibration images used.
+        seed: of every draw made while compressing.
+    """
+
+    importance: Literal["group_l2"] = "group_l2"
+    reconstruction: Literal["closed_form", "none"] = "closed_form"
+    ridge: float = 1e-3
+    recalibration: Literal["auto", "always", "never"] = "auto"
+    ranges: Literal["minmax", "percentile"] = "minmax"
+    percentile: float = 99.99
+    images: int = 1024
+    seed: int = 0
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise InputError(f"this is no recipe: {error}") from error

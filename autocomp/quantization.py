@@ -1,0 +1,164 @@
+"""Where int8 begins and ends in a graph, and the scales it uses: decided once, here, for torch and for every engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocomp.capabilities import Numerics
+from autocomp.graph import LayerGraph, Node
+from autocomp.policy import Policy
+
+__all__ = [
+    "QuantParams",
+    "QuantPlan",
+    "activation_params",
+    "dequantize_weight",
+    "place",
+    "quantize_weight",
+]
+
+# Activations that an engine folds into the producing layer: the value is quantized behind them.
+FUSED_ACTIVATIONS = frozenset({"relu", "hardtanh", "relu6", "clamp"})
+# Operators that only move values, or pick some: their output keeps the input's scale.
+PASSING = frozenset(
+    {"slice", "pad", "view", "reshape", "flatten", "permute", "transpose", "max_pool2d", "dropout", "squeeze", "unsqueeze"}
+)
+# Operators that run in int8 when all they read is quantized.
+JOINS = frozenset({"add", "cat"})
+
+
+@dataclass(frozen=True, slots=True)
+class QuantParams:
+    """Affine quantization of one tensor: ``real = scale * (code - zero_point)``."""
+
+    scale: float
+    zero_point: int
+
+    def to_json(self) -> dict[str, float | int]:
+        return {"scale": self.scale, "zero_point": self.zero_point}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantPlan:
+    """Which values and weights of a graph are quantized under a policy.
+
+    Attributes:
+        values: quantized value -> the value whose range it uses (itself, or the source it was moved from).
+        layers: names of the layers that run in int8.
+    """
+
+    values: Mapping[str, str]
+    layers: tuple[str, ...]
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Values whose ranges must be known."""
+        return tuple(dict.fromkeys(self.values.values()))
+
+
+def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
+    """Place Q/DQ pairs so that every int8 layer of the policy runs as int8.
+
+    A layer's input is quantized, and its output behind a fused activation. Every reader of a quantized value reads
+    the quantized one. An addition whose inputs are all quantized is computed in int8 as well, so its output is
+    quantized too; this is repeated along the graph. The logits stay float behind a linear layer.
+    """
+    removed = graph.removed_layers(policy)
+    bypass = {graph.branch_by_name[name].add: graph.branch_by_name[name].stream for name in policy.dropped}
+
+    def resolve(value: str) -> str:
+        while value in bypass:
+            value = bypass[value]
+        return value
+
+    live = _live_nodes(graph, bypass, resolve)
+    readers: dict[str, list[Node]] = {node.name: [] for node in live}
+    for node in live:
+        for value in node.inputs:
+            readers[resolve(value)].append(node)
+
+    def behind_activation(node: Node) -> str:
+        following = readers[node.name]
+        if len(following) == 1 and following[0].op in FUSED_ACTIVATIONS and node.name != graph.output:
+            return following[0].name
+        return node.name
+
+    layers = tuple(
+        layer.name for layer in graph.layers if layer.name not in removed and policy.precision(layer.name).is_integer
+    )
+    quantized: set[str] = set()
+    for name in layers:
+        layer = graph.layer_by_name[name]
+        node = graph.node_by_name[layer.node]
+        quantized.add(resolve(node.inputs[0]))
+        written = behind_activation(node)
+        if not (layer.op == "linear" and written == graph.output):
+            quantized.add(written)
+
+    ops = {node.name: node for node in live}
+
+    def source(value: str) -> str | None:
+        """The quantized value that ``value`` was moved from, or None."""
+        node = ops[value]
+        if node.op in PASSING and node.inputs:
+            origin = source(resolve(node.inputs[0]))
+            if origin is not None:
+                return origin
+        return value if value in quantized else None
+
+    for node in live:
+        if node.op in JOINS and len(node.inputs) > 1:
+            inputs = [resolve(value) for value in node.inputs]
+            if all(source(value) is not None for value in inputs):
+                quantized.update(inputs)
+                if node.name != graph.output:
+                    quantized.add(behind_activation(node))
+    values = {node.name: source(node.name) or node.name for node in live if node.name in quantized}
+    return QuantPlan(values, layers)
+
+
+def _live_nodes(graph: LayerGraph, bypass: Mapping[str, str], resolve: object) -> list[Node]:
+    """Nodes the output still depends on, in topological order, bypassed additions left out."""
+    needed = {graph.output}
+    for node in reversed(graph.nodes):
+        if node.name in needed:
+            needed.update([bypass[node.name]] if node.name in bypass else node.inputs)
+    return [node for node in graph.nodes if node.name in needed and node.name not in bypass]
+
+
+def activation_params(low: float, high: float, numerics: Numerics) -> QuantParams:
+    """Scale and zero point of a tensor with values in [low, high]; zero is always representable."""
+    smallest, largest = numerics.activation_range
+    low, high = min(low, 0.0), max(high, 0.0)
+    if numerics.symmetric_activations:
+        bound = max(-low, high)
+        middle = 0 if numerics.signed_activations else 128
+        return QuantParams(_float32(bound / (largest - middle)), middle)
+    scale = _float32((high - low) / (largest - smallest))
+    zero_point = round(smallest - low / scale)
+    return QuantParams(scale, int(np.clip(zero_point, smallest, largest)))
+
+
+def _float32(scale: float) -> float:
+    """The scale as an engine stores it; a constant tensor gets 1."""
+    return float(np.float32(scale)) if np.isfinite(scale) and np.float32(scale) > 0 else 1.0
+
+
+def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Symmetric codes, one scale per output channel (axis 0).
+
+    Returns:
+        codes of the weight's shape, and scales of shape (out,).
+    """
+    flat = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
+    scale = np.where(flat > 0, flat / numerics.weight_max, 1.0).astype(np.float32)
+    shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    codes = np.clip(np.rint(weight / shaped), -numerics.weight_max, numerics.weight_max)
+    return codes.astype(np.int8), scale
+
+
+def dequantize_weight(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The real weights that the codes stand for."""
+    return (codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
