@@ -1,21 +1,36 @@
 """What a search tells its user: the events while it runs, and the result at the end."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from autocomp.budget import Budget
+from autocomp.graph import LayerGraph
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate, TrialResult
 
-__all__ = ["Contender", "Event", "Note", "Observer", "Phase", "SearchResult", "Stage", "TrialDone"]
+__all__ = [
+    "Contender",
+    "Event",
+    "LayerChoice",
+    "Note",
+    "Observer",
+    "Phase",
+    "SearchResult",
+    "Stage",
+    "TrialDone",
+    "layer_choices",
+]
+
+ROLES = ("reference", "best", "uniform", "random")
+"""Rows of the closing table, in order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``search``, ``uniform``, ``random``,
-    ``selection``, ``verify``, ``test``. ``total`` counts its steps where known."""
+    """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``floor``, ``search``, ``uniform``,
+    ``random``, ``selection``, ``verify``, ``test``. ``total`` counts its steps where known."""
 
     name: str
     total: int | None = None
@@ -96,6 +111,7 @@ class Contender:
             },
             "macs": self.macs,
             "size_bytes": self.size_bytes,
+            "timing": None if latency is None else latency.to_json(),
         }
         if self.role != "reference":
             data["ratio"] = None if latency is None else latency.ratio.to_json()
@@ -104,6 +120,67 @@ class Contender:
             data["evaluations"] = self.evaluations
             data["note"] = self.note
         return data
+
+    @classmethod
+    def from_json(cls, role: str, data: Mapping[str, Any]) -> Self:
+        accuracy = data["accuracy"]
+        return cls(
+            role=role,
+            policy=Policy.from_json(data["policy"]) if "policy" in data else Policy(),
+            latency=LatencyEstimate.from_json(data["timing"]) if data["timing"] else None,
+            search_accuracy=accuracy["search"],
+            selection_accuracy=accuracy["selection"],
+            test_accuracy=accuracy["test"],
+            test_delta=Interval.from_json(accuracy["test_delta"]) if accuracy["test_delta"] else None,
+            macs=data["macs"],
+            size_bytes=data["size_bytes"],
+            verified=data.get("verified", False),
+            evaluations=data.get("evaluations", 0),
+            note=data.get("note"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LayerChoice:
+    """What a policy does to one layer.
+
+    Attributes:
+        name: of the layer.
+        channels: output channels of the uncompressed layer.
+        kept: of them; 0 where the layer went with its branch.
+        precision: as `Precision` writes it.
+        macs, macs_left: of one sample, before and after.
+    """
+
+    name: str
+    channels: int
+    kept: int
+    precision: str
+    macs: int
+    macs_left: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**data)
+
+
+def layer_choices(graph: LayerGraph, policy: Policy) -> tuple[LayerChoice, ...]:
+    """What the policy does to each layer, in the graph's order."""
+    shapes, before, after = graph.parameter_shapes(policy), graph.layer_macs(Policy()), graph.layer_macs(policy)
+    return tuple(
+        LayerChoice(
+            name=layer.name,
+            channels=layer.weight_shape[0],
+            kept=shapes[layer.weight][0] if layer.weight in shapes else 0,
+            precision=str(policy.precision(layer.name)),
+            macs=before[layer.name],
+            macs_left=after.get(layer.name, 0),
+        )
+        for layer in graph.layers
+    )
 
 
 @dataclass(frozen=True)
@@ -121,6 +198,7 @@ class SearchResult:
         notes: lines the user should read.
         device: fingerprint of where it was measured.
         predicted: latencies are estimates (simulated engine), nothing is verified.
+        layers: what ``best`` does to each layer; empty where there is no best.
     """
 
     verified: bool
@@ -133,6 +211,7 @@ class SearchResult:
     notes: tuple[str, ...]
     device: Mapping[str, Any]
     predicted: bool = False
+    layers: tuple[LayerChoice, ...] = ()
 
     @property
     def best(self) -> Contender | None:
@@ -143,10 +222,7 @@ class SearchResult:
         return self.contenders["reference"]
 
     def to_json(self) -> dict[str, Any]:
-        rows = {
-            role: self.contenders[role].to_json() if role in self.contenders else None
-            for role in ("reference", "best", "uniform", "random")
-        }
+        rows = {role: self.contenders[role].to_json() if role in self.contenders else None for role in ROLES}
         return {
             "verified": self.verified,
             "predicted": self.predicted,
@@ -158,4 +234,5 @@ class SearchResult:
             "run": str(self.run),
             "device": dict(self.device),
             "notes": list(self.notes),
+            "layers": [choice.to_json() for choice in self.layers],
         }

@@ -36,7 +36,9 @@ class Precision:
         both_float = self.weight in _FLOATS and self.activation == self.weight
         both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
         if not (both_float or both_int):
-            raise InputError(f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, int8 or w4a8")
+            raise InputError(
+                f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, int8 or w4a8"
+            )
 
     @classmethod
     def parse(cls, text: str) -> Self:

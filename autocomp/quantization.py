@@ -23,7 +23,19 @@ __all__ = [
 FUSED_ACTIVATIONS = frozenset({"relu", "hardtanh", "relu6", "clamp"})
 # Operators that only move values, or pick some: their output keeps the input's scale.
 PASSING = frozenset(
-    {"slice", "pad", "view", "reshape", "flatten", "permute", "transpose", "max_pool2d", "dropout", "squeeze", "unsqueeze"}
+    {
+        "slice",
+        "pad",
+        "view",
+        "reshape",
+        "flatten",
+        "permute",
+        "transpose",
+        "max_pool2d",
+        "dropout",
+        "squeeze",
+        "unsqueeze",
+    }
 )
 # Operators that run in int8 when all they read is quantized.
 JOINS = frozenset({"add", "cat"})

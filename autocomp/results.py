@@ -115,11 +115,13 @@ class Score:
         divergence: mean of the metric against the uncompressed model's outputs (KL by default); smaller is better.
         accuracy: top-1, in [0, 1]; None where the data has no meaningful labels.
         images: scored.
+        agreement: share of images whose top-1 is that of the uncompressed model, in [0, 1].
     """
 
     divergence: float
     accuracy: float | None
     images: int
+    agreement: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -135,6 +137,8 @@ class TrialResult:
         policy: normalised.
         status: ``ok`` (scored), ``infeasible`` (timed, over a budget, not scored) or ``failed``.
         violations: value / limit - 1 for each budget, in the run's order; empty when failed.
+        objective: what a controller minimises among feasible policies: the divergence, or the latency ratio when
+            the uncompressed engine meets the budget already; None unless ok.
         score: on the search split; None unless ok.
         latency_ms, reference_ms: medians of the search's quick timing; None when failed before it.
         macs, size_bytes: of one sample, and of the ONNX initializers; None when failed before.
@@ -149,6 +153,7 @@ class TrialResult:
     policy: Policy
     status: Status
     violations: tuple[float, ...] = ()
+    objective: float | None = None
     score: Score | None = None
     latency_ms: float | None = None
     reference_ms: float | None = None
@@ -178,6 +183,7 @@ class TrialResult:
             "policy": self.policy.to_json(),
             "status": self.status,
             "violations": list(self.violations),
+            "objective": self.objective,
             "score": self.score.to_json() if self.score else None,
             "latency_ms": self.latency_ms,
             "reference_ms": self.reference_ms,

@@ -1,0 +1,236 @@
+"""What a program calls; the command line calls the same functions."""
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from autocomp.config import SearchConfig, default_folder, load_config
+from autocomp.data import Splits, splits_from_objects
+from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend
+from autocomp.errors import AutocompError, InfeasibleError, InputError, RunError
+from autocomp.models import LoadedModel, wrap_model
+from autocomp.outcome import Event, Observer, SearchResult
+from autocomp.report import write_report
+from autocomp.results import LatencyEstimate, TrialResult
+from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
+from autocomp.study.run import Manifest, Run, read_manifest
+from autocomp.study.search import Prologue, begin
+from autocomp.study.search import search as run_study
+from autocomp.study.verify import verification_protocol
+from autocomp.study.workbench import Workbench, package_versions, prepare
+
+__all__ = ["Interrupted", "apply_policy", "load_result", "measure", "resume", "run_search", "search"]
+
+LIVE = "object:"
+"""Marks a configuration whose model or data was a live object."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a search; everything finished so far is kept in ``run``."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(f"stopped; go on with: autocomp resume {run}")
+        self.run = run
+
+
+def search(
+    model: Any = None,
+    data: Any = None,
+    budget: str | Sequence[str] = "15ms",
+    *,
+    observer: Observer | None = None,
+    **settings: Any,
+) -> SearchResult:
+    """Find the most accurate compressed model whose engine, measured here, meets the budget.
+
+    Args:
+        model: an ``nn.Module`` with trained weights, or a spec as in ``--model``. Comes back unchanged.
+        data: a `Splits`, a (train, test) pair of datasets or loaders of (image, label), or a spec as in ``--data``.
+        budget: one budget or several, all of which must hold.
+        observer: told of every event; None for silence.
+        settings: fields of `SearchConfig`.
+
+    Returns:
+        The object behind the closing table; its folder holds the files.
+
+    Raises:
+        InputError: something given does not fit; the message says what to change.
+        InfeasibleError: no engine in the space meets the budget.
+    """
+    flags: dict[str, object] = dict(settings)
+    flags["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
+    live_model, splits = None, None
+    if isinstance(data, str) or data is None:
+        flags["data"] = data
+    else:
+        splits = splits_from_objects(data)
+        flags["data"] = LIVE + type(data).__name__
+    if isinstance(model, str) or model is None:
+        flags["model"] = model
+    else:
+        live_model = wrap_model(model)
+        flags["model"] = LIVE + type(model).__name__
+    return run_search(load_config(None, flags), observer, live_model, splits)
+
+
+def run_search(
+    config: SearchConfig,
+    observer: Observer | None = None,
+    model: LoadedModel | None = None,
+    splits: Splits | None = None,
+) -> SearchResult:
+    """Run a configured search from the beginning.
+
+    Raises:
+        InputError, InfeasibleError: as `search`.
+        Interrupted: the user stopped it.
+    """
+    watch = observer or _silent
+    folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists already: choose another --out, or go on with 'autocomp resume {folder}'")
+    bench = prepare(config, watch, model, splits)
+    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as run:
+        return _conduct(bench, prologue, run, watch)
+
+
+def resume(run: Path, observer: Observer | None = None) -> SearchResult:
+    """Go on with a run after any kind of stop; no finished trial is evaluated again.
+
+    Raises:
+        RunError: the folder is no run, is in use, is damaged, or something it depends on has changed.
+    """
+    manifest = read_manifest(run)
+    if manifest.status in ("verified", "unverified") and (run / "result.json").exists():
+        return load_result(run)
+    config = SearchConfig.from_json(manifest.config)
+    if config.model.startswith(LIVE) or config.data.startswith(LIVE):
+        raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
+    watch = observer or _silent
+    with Run.open(run) as opened:
+        bench = prepare(config, watch)
+        _refuse_changes(opened, bench)
+        opened.set_status("running")
+        with begin(bench) as prologue:
+            return _conduct(bench, prologue, opened, watch)
+
+
+def load_result(run: Path) -> SearchResult:
+    """The result of a finished run.
+
+    Raises:
+        RunError: the folder is no run, or the run has not finished.
+    """
+    manifest = read_manifest(run)
+    try:
+        data = json.loads((run / "result.json").read_text())
+    except FileNotFoundError:
+        raise RunError(f"{run} has no result ({manifest.status}): go on with 'autocomp resume {run}'") from None
+    except ValueError as error:
+        raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
+    trials = [TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial"]
+    front = tuple(trial for trial in trials if trial.status != "failed")
+    return SearchResult.from_json({**data, "run": str(run)}, front)
+
+
+def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
+    """Rebuild a compressed model from its policy, the original weights and the calibration data.
+
+    Writes ``model.onnx``, ``weights.safetensors`` and ``policy.json`` into ``out``. With the weights, data and engine
+    numerics named in a run's ``policy.json`` the ONNX is the run's, bit for bit.
+
+    Raises:
+        InputError: the policy does not fit the model, or weights or data are not those it was made with.
+    """
+    shipped = ShippedPolicy.read(policy)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already and is not empty: choose another --out")
+    bench = prepare(config, _silent, recipe=shipped.recipe if shipped.digests else None)
+    for name, digest in (shipped.digests or {}).items():
+        if bench.digests.get(name) != digest:
+            raise InputError(
+                f"the {name} differ from those the policy was made with: give the same --model, --weights and --data "
+                f"(it names model {shipped.model}, data {shipped.data})"
+            )
+    bench.traced.graph.validate(shipped.policy)
+    out.mkdir(parents=True, exist_ok=True)
+    written = write_model(bench, bench.emitter.compress(bench.traced.graph.normalise(shipped.policy)), out)
+    if shipped.onnx_sha256 not in (None, written.onnx_sha256):
+        raise AutocompError(
+            f"{out / 'model.onnx'} is not the file that was measured: torch or onnx differ from the run's; see the "
+            "versions in its manifest.json"
+        )
+    return out
+
+
+def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statistic: str = "p50") -> LatencyEstimate:
+    """Time an ONNX file under the verification protocol, in this process.
+
+    Args:
+        reference: another file to interleave with and to give the ratio to; the file itself where None.
+
+    Raises:
+        InputError: a file is missing.
+        EngineError: the runtime refuses it.
+    """
+    files = [onnx, reference or onnx]
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"no file {path}: give an ONNX model")
+    backend = make_backend(spec)
+    protocol = verification_protocol((statistic,), builds=1, blocks=30)
+    with backend.build(files[0].read_bytes()) as candidate, backend.build(files[1].read_bytes()) as other:
+        with device_lock(backend.device):
+            timing = compare(candidate, other, protocol)
+        return estimate(timing, statistic)
+
+
+def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
+    """Search and leave the run in a state that says how it ended."""
+    try:
+        result = run_study(bench, prologue, run, observer)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise Interrupted(run.folder) from None
+    except InfeasibleError:
+        write_table(run, [TrialResult.from_json(entry["result"]) for entry in run.entries("trial")])
+        run.set_status("infeasible")
+        raise
+    except AutocompError:
+        run.set_status("failed")
+        raise
+    run.set_status("verified" if result.verified else "unverified")
+    write_report(result, run.folder)
+    return result
+
+
+def _manifest(bench: Workbench) -> Manifest:
+    versions = package_versions()
+    return Manifest(
+        version=versions.get("autocomp", "unknown"),
+        config=bench.config.to_json(),
+        command=[Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])],
+        versions=versions,
+        device=bench.backend.device.to_json(),
+        digests=bench.digests,
+    )
+
+
+def _refuse_changes(run: Run, bench: Workbench) -> None:
+    """A run goes on only where what its cached results depend on is what it was."""
+    before, now = run.manifest.digests, bench.digests
+    for name, digest in before.items():
+        if now.get(name) != digest:
+            raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
+    if run.manifest.device != bench.backend.device.to_json():
+        raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
+    if run.manifest.version != package_versions().get("autocomp", "unknown"):
+        raise RunError(f"{run.folder} was written by autocomp {run.manifest.version}: go on with that version")
+
+
+def _silent(event: Event) -> None:
+    del event

@@ -1,0 +1,141 @@
+"""What a finished search leaves in its folder, and how a shipped policy is read back."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any, Self
+
+import pandas as pd
+from safetensors.numpy import save as save_tensors
+
+from autocomp.compress import Compressed
+from autocomp.errors import InputError
+from autocomp.outcome import SearchResult
+from autocomp.policy import Policy, Recipe
+from autocomp.results import TrialResult
+from autocomp.study.run import Run, write_atomic
+from autocomp.study.workbench import Workbench
+
+__all__ = ["ShippedPolicy", "ship", "write_model", "write_table"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ShippedPolicy:
+    """``policy.json``: a policy with all that rebuilds its weights, and the digests that prove it did.
+
+    Attributes:
+        policy, recipe: what to apply, and how.
+        model, data: specs they were applied to.
+        digests: of weights, data, graph and numerics.
+        kept: group -> indices of the channels kept.
+        scales: quantized value -> scale and zero point.
+        onnx_sha256: of the shipped ``model.onnx``.
+    """
+
+    policy: Policy
+    recipe: Recipe
+    model: str | None = None
+    data: str | None = None
+    digests: Mapping[str, str] | None = None
+    kept: Mapping[str, Sequence[int]] | None = None
+    scales: Mapping[str, Mapping[str, float]] | None = None
+    onnx_sha256: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "policy": self.policy.to_json(),
+            "recipe": self.recipe.to_json(),
+            "model": self.model,
+            "data": self.data,
+            "digests": dict(self.digests or {}),
+            "kept": {name: list(indices) for name, indices in (self.kept or {}).items()},
+            "scales": dict(self.scales or {}),
+            "onnx_sha256": self.onnx_sha256,
+        }
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """A shipped ``policy.json``, or a bare policy (which gets the default recipe).
+
+        Raises:
+            InputError: the file is missing or is neither.
+        """
+        try:
+            data = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise InputError(f"no policy file {path}: give the policy.json of a run") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON ({error}): give the policy.json of a run") from error
+        if not isinstance(data, dict):
+            raise InputError(f"{path} is no policy: give the policy.json of a run")
+        if "policy" not in data:
+            return cls(Policy.from_json(data), Recipe())
+        fields = {key: data.get(key) for key in ("model", "data", "digests", "kept", "scales", "onnx_sha256")}
+        return cls(Policy.from_json(data["policy"]), Recipe.from_json(data.get("recipe", {})), **fields)
+
+
+def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> ShippedPolicy:
+    """Write ``model.onnx``, ``weights.safetensors`` (float32, pruned shapes) and ``policy.json``."""
+    onnx = bench.emitter.emit(compressed)
+    shipped = ShippedPolicy(
+        policy=compressed.policy,
+        recipe=bench.recipe,
+        model=bench.model.spec,
+        data=bench.splits.source,
+        digests={name: digest for name, digest in bench.digests.items() if name != "space"},
+        kept=compressed.kept,
+        scales={value: params.to_json() for value, params in compressed.params.items()},
+        onnx_sha256=hashlib.sha256(onnx).hexdigest(),
+    )
+    write_atomic(folder / "model.onnx", onnx)
+    write_atomic(folder / "weights.safetensors", save_tensors(dict(compressed.tensors)))
+    write_atomic(folder / "policy.json", json.dumps(shipped.to_json(), indent=2))
+    return shipped
+
+
+def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[TrialResult]) -> None:
+    """Write the best model, the table of trials and ``result.json``."""
+    if result.best is not None:
+        write_model(bench, bench.emitter.compress(result.best.policy), run.folder)
+    write_table(run, results)
+    run.write("result.json", json.dumps(result.to_json(), indent=2))
+
+
+def write_table(run: Run, results: Sequence[TrialResult]) -> None:
+    """Write ``results.csv``, one row a trial."""
+    text = StringIO()
+    pd.DataFrame(to_table(results)).to_csv(text, index=False)
+    run.write("results.csv", text.getvalue())
+
+
+def to_table(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
+    """One flat row a trial, for ``results.csv``."""
+    return [
+        {
+            "number": result.number,
+            "role": result.role,
+            "status": result.status,
+            "feasible": result.feasible,
+            "objective": result.objective,
+            "divergence": result.score.divergence if result.score else None,
+            "accuracy": result.score.accuracy if result.score else None,
+            "agreement": result.score.agreement if result.score else None,
+            "latency_ms": result.latency_ms,
+            "ratio": result.ratio,
+            "macs": result.macs,
+            "size_bytes": result.size_bytes,
+            "cached_timing": result.cached_timing,
+            "stage": result.stage,
+            "error": result.error,
+            "seconds": sum(result.seconds.values()),
+            "overhead_s": sum(s for stage, s in result.seconds.items() if stage not in ("time", "score")),
+            "policy": json.dumps(result.policy.to_json(), sort_keys=True),
+        }
+        for result in results
+    ]

@@ -1,0 +1,23 @@
+"""One trial after the other, in this process."""
+
+from collections.abc import Iterator, Sequence
+
+from autocomp.policy import Policy
+from autocomp.results import TrialResult
+from autocomp.study.trial import Trials
+
+__all__ = ["LocalExecutor"]
+
+
+class LocalExecutor:
+    """Evaluates each policy of a wave in order."""
+
+    def __init__(self, trials: Trials) -> None:
+        self._trials = trials
+
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+        for number, role, policy in wave:
+            yield self._trials.evaluate(number, role, policy)
+
+    def close(self) -> None:
+        """Nothing is held."""

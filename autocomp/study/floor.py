@@ -1,0 +1,76 @@
+"""Budgets that no engine of the space can meet: found before trials are spent, with what to relax."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from autocomp.budget import Budget
+from autocomp.engines import initializer_bytes
+from autocomp.errors import InfeasibleError
+from autocomp.outcome import Observer, Phase
+from autocomp.policy import Policy
+from autocomp.results import TrialResult
+from autocomp.study.trial import Limits, Trials
+from autocomp.study.workbench import Workbench
+
+__all__ = ["probe_floor", "refuse_if_none_feasible"]
+
+FLOOR_MARGIN = 0.05
+"""A budget is called infeasible at once when the nearest of the most compressed engines misses it by more."""
+SLACK = 1.05
+"""The relaxation proposed lies this much above the floor, so that timing noise cannot undo it."""
+
+
+def _extremes(bench: Workbench) -> list[Policy]:
+    """The most compressed policies of the space: every uniform one, and again without any removable branch."""
+    uniform = bench.space.uniform()
+    droppable = [
+        Policy(policy.kept, frozenset(bench.traced.graph.branch_by_name), policy.precisions) for policy in uniform
+    ]
+    normalised = [bench.traced.graph.normalise(policy) for policy in (*uniform, *droppable)]
+    return [policy for policy in dict.fromkeys(normalised) if bench.space.contains(policy)]
+
+
+def probe_floor(bench: Workbench, trials: Trials, observer: Observer) -> None:
+    """Refuse a budget that even the most compressed engines miss, before any trial is spent on it."""
+    limits = trials.limits
+    if limits.goal == "speed":
+        return
+    observer(Phase("floor"))
+    graph = bench.traced.graph
+    reached: list[tuple[float, float, Policy]] = []
+    for policy in _extremes(bench):
+        skeleton = trials.emitter.skeleton(policy)
+        ratio = trials.ratio(policy)
+        worst = max(limits.violations(ratio, graph.macs(policy), initializer_bytes(skeleton)))
+        reached.append((worst, ratio, policy))
+        if worst <= FLOOR_MARGIN:
+            return
+    worst, ratio, policy = min(reached, key=lambda entry: entry[0])
+    raise InfeasibleError(_floor_line(limits, ratio, graph.macs(policy), worst))
+
+
+def _floor_line(limits: Limits, ratio: float, macs: int, worst: float) -> str:
+    latency = ratio * limits.latency_ms["p50"]
+    relaxed = ", ".join(str(_relaxed(budget, 1 + max(worst, 0.0))) for budget in limits.budgets)
+    return (
+        f"the budget {' and '.join(map(str, limits.budgets))} is below the floor: the nearest engine found runs at "
+        f"{latency:.2f} ms ({ratio:.2f}x) with {macs / 1e6:.1f} MMACs, {100 * worst:.0f}% over; relax it to about "
+        f"{relaxed}, or allow more in the space (--space)"
+    )
+
+
+def _relaxed(budget: Budget, factor: float) -> Budget:
+    """The budget with a limit that the floor meets, in three digits; a relative one is at most 1."""
+    limit = float(f"{budget.limit * factor * SLACK:.3g}")
+    return replace(budget, limit=min(limit, 1.0) if budget.relative else limit)
+
+
+def refuse_if_none_feasible(results: Sequence[TrialResult], limits: Limits) -> None:
+    """Raises: InfeasibleError naming the nearest trial if none met every budget."""
+    if any(result.feasible for result in results):
+        return
+    timed = [result for result in results if result.violations]
+    if not timed:
+        raise InfeasibleError("no trial could be timed: read the errors in the run's journal.jsonl")
+    nearest = min(timed, key=lambda result: max(result.violations))
+    raise InfeasibleError(_floor_line(limits, nearest.ratio or 1.0, nearest.macs or 0, max(nearest.violations)))

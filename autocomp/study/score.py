@@ -1,0 +1,115 @@
+"""How an engine's outputs compare with the uncompressed model's: divergence, accuracy, paired intervals."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import log_softmax, softmax
+
+from autocomp.data import Split
+from autocomp.errors import ConfigError, EngineError
+from autocomp.protocols import Engine
+from autocomp.results import Interval, Score
+
+__all__ = ["Metric", "Predictions", "Scorer", "kl_divergence", "load_metric", "paired_interval", "predict"]
+
+Floats = NDArray[np.float32]
+Metric = Callable[[Floats, Floats, NDArray[np.int64]], float]
+"""(outputs, the uncompressed model's outputs, labels) -> a number to minimise; outputs are (n, classes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """An engine's logits (n, classes) on a split, with the labels (n,)."""
+
+    logits: Floats
+    labels: NDArray[np.int64]
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        return np.asarray(self.logits.argmax(axis=1) == self.labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Top-1, in [0, 1]."""
+        return float(self.correct.mean())
+
+
+def predict(engine: Engine, split: Split, batch: int = 256) -> Predictions:
+    """Run a whole split through an engine, ``batch`` images at a time.
+
+    Raises:
+        EngineError: the engine returned something not finite.
+    """
+    logits, labels = [], []
+    for images, target in split.batches(batch):
+        logits.append(engine.run(images))
+        labels.append(target)
+    outputs = np.concatenate(logits)
+    if not np.isfinite(outputs).all():
+        raise EngineError("the engine returned NaN or infinite logits: keep its most sensitive layers in fp32")
+    return Predictions(outputs, np.concatenate(labels))
+
+
+def kl_divergence(outputs: Floats, reference: Floats, labels: NDArray[np.int64]) -> float:
+    """Mean Kullback-Leibler divergence of the softmax outputs from the reference's, in nats; needs no labels."""
+    del labels
+    wide, wide_reference = outputs.astype(np.float64), reference.astype(np.float64)
+    terms = softmax(wide_reference, axis=1) * (log_softmax(wide_reference, axis=1) - log_softmax(wide, axis=1))
+    return float(max(terms.sum(axis=1).mean(), 0.0))
+
+
+def load_metric(spec: str) -> Metric:
+    """``kl``, or ``package.module:function`` with the signature of `Metric`.
+
+    Raises:
+        ConfigError: nothing to call under that name.
+    """
+    if spec == "kl":
+        return kl_divergence
+    module, _, name = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"no metric {spec!r} ({error}): use kl, or package.module:function") from error
+    if not callable(found):
+        raise ConfigError(f"the metric {spec!r} is not callable: name a function (outputs, reference, labels) -> float")
+    return found  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores engines on one split against the uncompressed engine's outputs there."""
+
+    split: Split
+    reference: Predictions
+    labelled: bool
+    metric: Metric = kl_divergence
+
+    def score(self, engine: Engine) -> Score:
+        return self.of(predict(engine, self.split))
+
+    def of(self, found: Predictions) -> Score:
+        """Raises: EngineError if the metric is not a finite number."""
+        divergence = float(self.metric(found.logits, self.reference.logits, found.labels))
+        if not np.isfinite(divergence):
+            raise EngineError(f"the metric returned {divergence}: the compressed model's outputs cannot be compared")
+        agreement = float((found.logits.argmax(axis=1) == self.reference.logits.argmax(axis=1)).mean())
+        return Score(divergence, found.accuracy if self.labelled else None, len(found.labels), agreement)
+
+
+def paired_interval(found: Predictions, reference: Predictions) -> Interval:
+    """Difference in accuracy on the same images with its 95% interval.
+
+    The interval is Agresti and Min's for matched proportions (Statistics in Medicine 2005, section 3: half a count
+    is added to each cell), which stays honest when few or no images differ.
+    """
+    better = int((found.correct & ~reference.correct).sum())
+    worse = int((~found.correct & reference.correct).sum())
+    total = len(found.labels)
+    centre = (better - worse) / (total + 2)
+    spread = sqrt((better + worse + 1) - (better - worse) ** 2 / (total + 2)) / (total + 2)
+    return Interval((better - worse) / total, centre - 1.959964 * spread, centre + 1.959964 * spread)

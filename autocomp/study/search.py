@@ -1,0 +1,254 @@
+"""The whole of a search over a prepared workbench and an open run: reference, trials, baselines, finalists, test."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from autocomp.budget import parse_budgets
+from autocomp.engines import compare, device_lock, estimate, initializer_bytes
+from autocomp.errors import ModelError
+from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult
+from autocomp.policy import Policy
+from autocomp.protocols import Engine
+from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
+from autocomp.search import make_controller, warm_start
+from autocomp.study.artefacts import ship
+from autocomp.study.executors import make_executor
+from autocomp.study.floor import probe_floor, refuse_if_none_feasible
+from autocomp.study.run import Run
+from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
+from autocomp.study.study import FixedList, Plan, Study
+from autocomp.study.timings import TimingCache
+from autocomp.study.trial import Limits, Trials
+from autocomp.study.verify import (
+    Finalist,
+    Verdict,
+    select,
+    statistics_of,
+    verification_protocol,
+    verify_role,
+)
+from autocomp.study.workbench import Workbench, chance_limit
+
+__all__ = ["Prologue", "begin", "search"]
+
+WARM_STARTS = 24
+"""Policies a controller is given to begin with, at most."""
+
+
+@dataclass(frozen=True)
+class Prologue:
+    """The uncompressed engine and its outputs, taken before a run folder is made."""
+
+    reference: Engine
+    search: Predictions
+    split_accuracy: float | None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.reference.__exit__(None, None, None)
+
+
+def begin(bench: Workbench) -> Prologue:
+    """Build the reference engine and score it on the search split.
+
+    Raises:
+        ModelError: the model guesses: its accuracy is at chance level.
+    """
+    reference = bench.backend.build(bench.reference)
+    found = predict(reference, bench.splits.search)
+    if not bench.splits.labelled:
+        return Prologue(reference, found, None)
+    limit = chance_limit(bench.splits.classes, len(found.labels))
+    if found.accuracy <= limit:
+        raise ModelError(
+            f"the uncompressed model scores {100 * found.accuracy:.1f}% on {bench.splits.source}, which is chance "
+            f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data"
+        )
+    return Prologue(reference, found, found.accuracy)
+
+
+def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
+    """Search, verify, and only then read the test split.
+
+    Raises:
+        InfeasibleError: no engine in the space meets the budget; the run is kept and marked.
+        StudyStopped: too many trials failed in a row.
+    """
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        observer(Note(text))
+
+    for text in (*bench.notes, *_data_notes(bench)):
+        note(text)
+    limits, reference = _limits(bench, prologue, run, observer)
+    if limits.goal == "speed":
+        note(
+            "the uncompressed engine meets the budget already; searching for the fastest policy within "
+            "1 point of its accuracy"
+        )
+    metric = load_metric(bench.config.metric)
+    scorer = Scorer(bench.splits.search, prologue.search, bench.splits.labelled, metric)
+    trials = Trials(
+        graph=bench.traced.graph,
+        emitter=bench.emitter,
+        backend=bench.backend,
+        reference=prologue.reference,
+        scorer=scorer,
+        limits=limits,
+        protocol=TimingProtocol(),
+        cache=TimingCache(run.folder / "timings.jsonl"),
+        observer=observer,
+    )
+    probe_floor(bench, trials, observer)
+    executor = make_executor(bench.config.executor, trials)
+    study = Study(run, executor, observer)
+    try:
+        for plan in _plans(bench):
+            study.explore(plan)
+    finally:
+        executor.close()
+    refuse_if_none_feasible(study.results, trials.limits)
+
+    winners = _verified(bench, trials, study, run, observer)
+    run.record(
+        "choice",
+        contenders={role: finalist.trial.policy.to_json() for role, (finalist, _) in winners.items()},
+    )
+    contenders = _contenders(bench, trials, study, prologue, winners, reference, observer)
+    best = contenders.get("best")
+    result = SearchResult(
+        verified=best is not None and best.verified,
+        budgets=limits.budgets,
+        contenders=contenders,
+        trials={role: len(study.of(role)) for role in ("search", "uniform", "random") if study.of(role)},
+        front=tuple(result for result in study.results if result.status != "failed"),
+        seconds=run.seconds,
+        run=run.folder,
+        notes=tuple(dict.fromkeys(notes)),
+        device=bench.backend.device.to_json(),
+        predicted=not bench.backend.measures,
+    )
+    ship(bench, run, result, study.results)
+    return result
+
+
+def _data_notes(bench: Workbench) -> Sequence[str]:
+    notes = []
+    if bench.splits.from_training:
+        notes.append(
+            "search and selection images come from the training images: their accuracy says nothing about new images"
+        )
+    if not bench.splits.labelled:
+        notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
+    if not bench.backend.measures:
+        notes.append(
+            f"latencies are estimates of a described device ({bench.backend.device.name}), nothing is verified"
+        )
+    return notes
+
+
+def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> tuple[Limits, LatencyEstimate]:
+    """What budgets are relative to: measured once, journaled, and read back when a run goes on."""
+    observer(Phase("reference"))
+    budgets = parse_budgets(bench.config.budget)
+    known = run.entries("reference")
+    if known:
+        estimates = [LatencyEstimate.from_json(data) for data in known[0]["latency"]]
+    else:
+        protocol = verification_protocol(statistics_of(budgets), builds=1, blocks=20)
+        with bench.backend.build(bench.reference) as twin, device_lock(bench.backend.device):
+            timing = compare(twin, prologue.reference, protocol)
+        names = dict.fromkeys((*statistics_of(budgets), "p50"))
+        estimates = [estimate(timing, name) for name in names]
+        run.record("reference", latency=[found.to_json() for found in estimates])
+    latency_ms = {found.statistic: found.latency_ms.value for found in estimates}
+    macs, size_bytes = bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
+    limits = Limits(budgets, latency_ms, macs, size_bytes)
+    if all(violation <= 0 for violation in limits.violations(1.0, macs, size_bytes)):
+        accuracy = prologue.split_accuracy if prologue.split_accuracy is not None else 1.0
+        limits = Limits(budgets, latency_ms, macs, size_bytes, "speed", accuracy)
+    return limits, estimates[0]
+
+
+def _plans(bench: Workbench) -> list[Plan]:
+    """The search, then both baselines with as many evaluations."""
+    config, space = bench.config, bench.space
+    granted = config.resolved_baseline_trials()
+    controller = make_controller(config.controller, space, config.seed, warm_start(space, WARM_STARTS))
+    plans = [Plan("search", controller, config.trials, config.wave)]
+    if granted:
+        uniform = space.uniform()[:granted]
+        plans.append(Plan("uniform", FixedList(uniform), len(uniform), config.wave))
+        plans.append(Plan("random", make_controller("random", space, config.seed + 1), granted, config.wave))
+    return plans
+
+
+def _verified(
+    bench: Workbench, trials: Trials, study: Study, run: Run, observer: Observer
+) -> dict[str, tuple[Finalist, Verdict]]:
+    """Role -> its admitted finalist, or the last one tried; the search's own is called ``best``."""
+    observer(Phase("selection"))
+    attempts = bench.config.finalists
+    split = bench.splits.selection
+    selection = Scorer(split, predict(trials.reference, split), bench.splits.labelled, trials.scorer.metric)
+    past = {entry["role"]: entry["finalists"] for entry in run.entries("finalists")}
+    finalists: dict[str, list[Finalist]] = {}
+    for role in ("search", "uniform", "random"):
+        results = study.of(role)
+        if role in past:
+            by_policy = {result.policy.digest: result for result in results}
+            finalists[role] = [Finalist(by_policy[f["policy"]], Score(**f["selection"])) for f in past[role]]
+            continue
+        finalists[role] = select(trials, results, selection, attempts, observer)
+        kept = [{"policy": f.trial.policy.digest, "selection": f.selection.to_json()} for f in finalists[role]]
+        run.record("finalists", role=role, finalists=kept)
+    observer(Phase("verify", sum(len(entries) for entries in finalists.values())))
+    winners = {}
+    for role, entries in finalists.items():
+        found = verify_role(run, trials, entries, bench.reference, bench.spec, attempts, observer)
+        if found is not None:
+            winners["best" if role == "search" else role] = found
+    return winners
+
+
+def _contenders(
+    bench: Workbench,
+    trials: Trials,
+    study: Study,
+    prologue: Prologue,
+    winners: Mapping[str, tuple[Finalist, Verdict]],
+    reference: LatencyEstimate,
+    observer: Observer,
+) -> dict[str, Contender]:
+    """Read the test split, once, for every row of the closing table."""
+    observer(Phase("test", 1 + len(winners)))
+    labelled = bench.splits.labelled
+    baseline = predict(trials.reference, bench.splits.test)
+    best = winners.get("best")
+    if best is not None:
+        verified = best[1].latency
+        reference = LatencyEstimate(
+            verified.statistic, verified.reference_ms, verified.reference_ms, Interval(1.0, 1.0, 1.0), verified.samples
+        )
+    rows = {
+        "reference": Contender(
+            "reference", Policy(), reference, prologue.split_accuracy, None, baseline.accuracy if labelled else None,
+            None, trials.limits.macs, trials.limits.size_bytes, False, 0,
+        )
+    }  # fmt: skip
+    for role, (finalist, verdict) in winners.items():
+        trial = finalist.trial
+        with bench.backend.build(trials.emitter.emit(trials.emitter.compress(trial.policy))) as engine:
+            found = predict(engine, bench.splits.test)
+        rows[role] = Contender(
+            role, trial.policy, verdict.latency, trial.score.accuracy if trial.score else None,
+            finalist.selection.accuracy, found.accuracy if labelled else None,
+            paired_interval(found, baseline) if labelled else None, trial.macs or 0, verdict.size_bytes,
+            verdict.admitted and bench.backend.measures, len(study.of(trial.role)), verdict.reason,
+        )  # fmt: skip
+    return rows

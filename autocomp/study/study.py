@@ -1,0 +1,140 @@
+"""The loop ask -> evaluate -> tell, its stop rules, and its replay after a kill."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from autocomp.errors import AutocompError
+from autocomp.outcome import Note, Observer, Phase, TrialDone
+from autocomp.policy import Policy
+from autocomp.protocols import Controller, Executor
+from autocomp.results import TrialResult
+from autocomp.study.run import Run
+
+__all__ = ["MAX_DUPLICATES", "MAX_FAILURES", "FixedList", "Plan", "Study", "StudyStopped"]
+
+MAX_DUPLICATES = 100
+"""Duplicates in a row that end a study: the controller has nothing new to say."""
+MAX_FAILURES = 10
+"""Failed trials in a row that stop the run: something else than the policies is wrong."""
+
+
+class StudyStopped(AutocompError):
+    """Too many trials failed one after the other; the message carries the last reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One role's share of the run: who asks, and for how many evaluations, in waves of what size."""
+
+    role: str
+    controller: Controller
+    trials: int
+    wave: int
+
+
+class Study:
+    """Runs plans one after the other over one journal.
+
+    Every wave is journaled before it is evaluated and every result as it arrives. Opened again after a kill, the
+    study asks each controller the same questions and tells it the same answers, so that its random state is what it
+    was; only what has no result is evaluated.
+    """
+
+    def __init__(self, run: Run, executor: Executor, observer: Observer) -> None:
+        self._run = run
+        self._executor = executor
+        self._observer = observer
+        self.results: list[TrialResult] = [TrialResult.from_json(e["result"]) for e in run.entries("trial")]
+        self._by_policy: dict[str, TrialResult] = {}
+        for result in self.results:
+            self._by_policy.setdefault(result.policy.digest, result)
+        self._journaled = {(r.role, r.policy.digest): r for r in self.results}
+        self._past_waves: dict[str, list[list[Policy]]] = {}
+        for entry in run.entries("wave"):
+            policies = [Policy.from_json(policy) for policy in entry["policies"]]
+            self._past_waves.setdefault(entry["role"], []).append(policies)
+
+    def of(self, role: str) -> list[TrialResult]:
+        """Results of a role, in trial order."""
+        return sorted((result for result in self.results if result.role == role), key=lambda result: result.number)
+
+    def explore(self, plan: Plan) -> list[TrialResult]:
+        """Evaluate until the plan's number of distinct policies has been, or its controller is dry.
+
+        Raises:
+            StudyStopped: `MAX_FAILURES` trials in a row failed.
+        """
+        self._observer(Phase(plan.role, plan.trials))
+        past = iter(self._past_waves.get(plan.role, []))
+        distinct: set[str] = set()
+        duplicates = 0
+        while len(distinct) < plan.trials and duplicates < MAX_DUPLICATES:
+            asked = plan.controller.ask(min(plan.wave, plan.trials - len(distinct)))
+            wave = next(past, None)
+            if wave is None:
+                if not asked:
+                    break
+                wave = asked
+                self._run.record("wave", role=plan.role, policies=[policy.to_json() for policy in wave])
+            fresh = list(dict.fromkeys(policy for policy in wave if policy.digest not in distinct))
+            duplicates = 0 if fresh else duplicates + len(wave)
+            distinct.update(policy.digest for policy in fresh)
+            answers = self._answer(plan.role, fresh)
+            told = [answers.get(policy.digest) or self._journaled[plan.role, policy.digest] for policy in wave]
+            plan.controller.tell(told)
+            self._stop_if_hopeless(plan.role)
+        if duplicates >= MAX_DUPLICATES:
+            self._observer(Note(f"{plan.role}: {duplicates} proposals in a row were known already, so it ended early"))
+        return self.of(plan.role)
+
+    def _answer(self, role: str, policies: Sequence[Policy]) -> dict[str, TrialResult]:
+        """Results for distinct policies, in trial order: journaled, known from another role, or evaluated."""
+        answers: dict[str, TrialResult] = {}
+        todo: list[tuple[int, str, Policy]] = []
+        number = max((result.number for result in self.results), default=-1) + 1
+        for policy in policies:
+            done = self._journaled.get((role, policy.digest))
+            if done is not None:
+                answers[policy.digest] = done
+                continue
+            known = self._by_policy.get(policy.digest)
+            if known is not None and known.status != "failed":
+                answers[policy.digest] = self._record(
+                    replace(known, number=number, role=role, cached_timing=True, seconds={})
+                )
+            else:
+                todo.append((number, role, policy))
+            number += 1
+        for result in self._executor.run(todo):
+            answers[result.policy.digest] = self._record(result)
+        return dict(sorted(answers.items(), key=lambda item: item[1].number))
+
+    def _record(self, result: TrialResult) -> TrialResult:
+        self._run.record("trial", result=result.to_json())
+        self.results.append(result)
+        self._journaled[result.role, result.policy.digest] = result
+        self._by_policy.setdefault(result.policy.digest, result)
+        self._observer(TrialDone(result))
+        return result
+
+    def _stop_if_hopeless(self, role: str) -> None:
+        last = self.of(role)[-MAX_FAILURES:]
+        if len(last) == MAX_FAILURES and all(result.status == "failed" for result in last):
+            stages = ", ".join(sorted({result.stage for result in last}))
+            raise StudyStopped(
+                f"{MAX_FAILURES} trials in a row failed (stage: {stages}); the last one said: {last[-1].error}"
+            )
+
+
+class FixedList:
+    """A controller that proposes given policies in order; the uniform baseline is one."""
+
+    def __init__(self, policies: Iterable[Policy]) -> None:
+        self._left = list(policies)
+
+    def ask(self, count: int) -> list[Policy]:
+        wave, self._left = self._left[:count], self._left[count:]
+        return wave
+
+    def tell(self, results: Sequence[TrialResult]) -> None:
+        """A list learns nothing."""

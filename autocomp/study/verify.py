@@ -1,0 +1,181 @@
+"""Finalists: scored again on images the search never saw, then measured on fresh engines, and admitted or not."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from autocomp.budget import Budget
+from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh
+from autocomp.errors import EngineError
+from autocomp.outcome import Note, Observer, Stage
+from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.study.run import Run
+from autocomp.study.score import Scorer
+from autocomp.study.trial import Limits, Trials
+
+__all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verification_protocol", "verify_role"]
+
+MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
+"""Runs of the candidate below which a statistic is not judged."""
+LOOKED_AT = 5
+"""Times the number of finalists: how many feasible trials are timed again at most to find them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finalist:
+    """A trial chosen on the search split, with its score on the selection split."""
+
+    trial: TrialResult
+    selection: Score
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What fresh engines said of a finalist.
+
+    Attributes:
+        admitted: every budget holds at the upper confidence bound.
+        latency: of the first budgeted statistic (p50 where no latency is budgeted).
+        reason: why it was not admitted.
+        size_bytes: of the file that was measured.
+    """
+
+    admitted: bool
+    latency: LatencyEstimate
+    size_bytes: int
+    reason: str | None = None
+
+
+def statistics_of(budgets: Sequence[Budget]) -> tuple[str, ...]:
+    """The latency statistics judged, in the budgets' order; p50 where no latency is budgeted."""
+    found = tuple(dict.fromkeys(budget.statistic for budget in budgets if budget.statistic is not None))
+    return found or ("p50",)
+
+
+def verification_protocol(statistics: Sequence[str], builds: int = 3, blocks: int = 12) -> TimingProtocol:
+    """Blocks long enough for the samples that the statistics ask for, with a tenth to spare."""
+    wanted = max(MIN_SAMPLES[name] for name in statistics)
+    repeats = max(3, ceil(1.1 * wanted / (builds * blocks)))
+    return TimingProtocol(warmup_ms=200.0, blocks=blocks, block_ms=40.0, min_repeats=repeats, builds=builds)
+
+
+def select(
+    trials: Trials, results: Sequence[TrialResult], selection: Scorer, count: int, observer: Observer
+) -> list[Finalist]:
+    """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
+
+    Each is first timed again, longer; one whose upper bound is over a budget gives its place to the next. This
+    saves verifications, and verifies nothing.
+    """
+    feasible = sorted(
+        (result for result in results if result.feasible and result.objective is not None),
+        key=lambda result: (result.objective, result.latency_ms, result.policy.digest),
+    )
+    longer = TimingProtocol(warmup_ms=100.0, blocks=15, block_ms=40.0)
+    chosen: list[Finalist] = []
+    for trial in feasible[: LOOKED_AT * count]:
+        if len(chosen) == count:
+            break
+        observer(Stage(trial.number, trial.role, "select"))
+        onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
+        with trials.backend.build(onnx) as engine:
+            with device_lock(trials.device):
+                timing = compare(engine, trials.reference, longer)
+            ratio = estimate(timing, "p50").ratio
+            over = trials.limits.violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
+            if any(violation > 0 for violation in over):
+                continue
+            chosen.append(Finalist(trial, selection.score(engine)))
+    return _ordered(chosen, trials.limits)
+
+
+def _ordered(finalists: Sequence[Finalist], limits: Limits) -> list[Finalist]:
+    def key(finalist: Finalist) -> tuple[bool, float]:
+        too_lossy = any(loss > 0 for loss in limits.loss(finalist.selection))
+        return too_lossy, limits.objective(finalist.selection, finalist.trial.ratio or 1.0)
+
+    return sorted(finalists, key=key)
+
+
+def admit(
+    onnx: bytes,
+    reference: bytes,
+    spec: BackendSpec,
+    limits: Limits,
+    macs: int,
+    confidence: float,
+    protocol: TimingProtocol,
+) -> Verdict:
+    """Measure a finalist on fresh engines in fresh processes and judge every budget at its upper bound.
+
+    A relative latency budget is judged on the paired ratio of interleaved blocks, an absolute one on the raw times.
+
+    Args:
+        confidence: of the two-sided bounds; 1 - 0.05 / K when at most K finalists are tried.
+    """
+    timing = measure_fresh(spec, onnx, reference, protocol)
+    size_bytes = initializer_bytes(onnx)
+    reasons = [
+        reason
+        for budget in limits.budgets
+        if (reason := _broken(budget, timing, limits, macs, size_bytes, confidence)) is not None
+    ]
+    latency = estimate(timing, statistics_of(limits.budgets)[0], confidence)
+    return Verdict(not reasons, latency, size_bytes, "; ".join(reasons) or None)
+
+
+def _broken(
+    budget: Budget, timing: Timing, limits: Limits, macs: int, size_bytes: int, confidence: float
+) -> str | None:
+    if budget.metric == "macs":
+        over = budget.violation(macs, limits.macs)
+        return f"{macs / 1e6:.2f} MMACs are over {budget}" if over > 0 else None
+    if budget.metric == "size":
+        over = budget.violation(size_bytes, limits.size_bytes)
+        return f"{size_bytes / 1e6:.3f} MB are over {budget}" if over > 0 else None
+    found = estimate(timing, budget.statistic or "p50", confidence)
+    judged, unit = (found.ratio, "x") if budget.relative else (found.latency_ms, " ms")
+    if judged.high <= budget.limit:
+        return None
+    return f"{found.statistic} {judged.value:.3f}{unit} with upper bound {judged.high:.3f}{unit} is over {budget}"
+
+
+def verify_role(
+    run: Run,
+    trials: Trials,
+    finalists: Sequence[Finalist],
+    reference: bytes,
+    spec: BackendSpec,
+    attempts: int,
+    observer: Observer,
+) -> tuple[Finalist, Verdict] | None:
+    """Try finalists in order, at most ``attempts``; the first admitted wins, else the last tried is returned.
+
+    Every verdict is journaled and none is asked twice: a finalist that failed is not timed again until it passes.
+    """
+    past = {(e["role"], e["policy"]): e for e in run.entries("verdict")}
+    last: tuple[Finalist, Verdict] | None = None
+    for finalist in finalists[:attempts]:
+        trial = finalist.trial
+        observer(Stage(trial.number, trial.role, "verify"))
+        known = past.get((trial.role, trial.policy.digest))
+        if known is not None:
+            latency = LatencyEstimate.from_json(known["latency"])
+            verdict = Verdict(known["admitted"], latency, known["size_bytes"], known["reason"])
+        else:
+            onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
+            try:
+                protocol = verification_protocol(statistics_of(trials.limits.budgets))
+                verdict = admit(onnx, reference, spec, trials.limits, trial.macs or 0, 1 - 0.05 / attempts, protocol)
+            except EngineError as error:
+                observer(Note(f"{trial.role}: trial {trial.number} could not be verified: {error}"))
+                continue
+            run.record(
+                "verdict", role=trial.role, policy=trial.policy.digest, admitted=verdict.admitted,
+                latency=verdict.latency.to_json(), size_bytes=verdict.size_bytes, reason=verdict.reason,
+            )  # fmt: skip
+        last = (finalist, verdict)
+        if verdict.admitted:
+            return last
+        observer(Note(f"{trial.role}: trial {trial.number} was not admitted: {verdict.reason}"))
+    return last

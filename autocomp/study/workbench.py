@@ -1,0 +1,264 @@
+"""Everything a search works with, made ready once: model, data, graph, statistics, engine files."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocomp import resources
+from autocomp.capabilities import Numerics
+from autocomp.compress import (
+    Compressed,
+    Statistics,
+    Traced,
+    collect,
+    compress,
+    export_compressed,
+    export_onnx,
+    logits_of,
+    structure,
+    trace,
+)
+from autocomp.config import SearchConfig
+from autocomp.data import DataOptions, Splits, load_data
+from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
+from autocomp.errors import DataError, EngineError, ModelError
+from autocomp.models import LoadedModel, load_model
+from autocomp.outcome import Observer, Phase
+from autocomp.policy import Policy, Recipe
+from autocomp.protocols import Backend, Engine
+from autocomp.space import PolicySpace, SearchSpace
+from autocomp.study.trial import Emitter
+
+__all__ = [
+    "EditEmitter",
+    "ExportEmitter",
+    "Workbench",
+    "backend_spec",
+    "chance_limit",
+    "package_versions",
+    "prepare",
+]
+
+PARITY = 1e-3
+"""Largest relative L2 error between torch and the engine on the uncompressed fp32 model."""
+PACKAGES = ("autocomp", "torch", "torch-pruning", "onnx", "onnxruntime", "optuna", "numpy", "scipy")
+
+Images = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _Compressor:
+    """Model, statistics and recipe: all that turns a policy into weights."""
+
+    traced: Traced
+    statistics: Statistics
+    recipe: Recipe
+    numerics: Numerics
+    images: Images
+
+    def compress(self, policy: Policy) -> Compressed:
+        return compress(self.traced, self.statistics, policy, self.recipe, self.numerics, self.images)
+
+
+@dataclass(frozen=True)
+class EditEmitter(_Compressor):
+    """One export per model, then an edit of the ONNX graph per policy."""
+
+    template: Template
+
+    def skeleton(self, policy: Policy) -> bytes:
+        tensors, params = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
+        return emit(self.template, policy, tensors, params, self.numerics)
+
+    def emit(self, compressed: Compressed) -> bytes:
+        return emit(self.template, compressed.policy, compressed.tensors, compressed.params, self.numerics)
+
+
+@dataclass(frozen=True)
+class ExportEmitter(_Compressor):
+    """A full export per policy, seconds each: for models whose ONNX graph cannot be edited safely."""
+
+    def skeleton(self, policy: Policy) -> bytes:
+        return self.emit(self.compress(policy))
+
+    def emit(self, compressed: Compressed) -> bytes:
+        return export_compressed(compressed)
+
+
+@dataclass(frozen=True)
+class Workbench:
+    """What `prepare` made ready.
+
+    Attributes:
+        model, splits, traced, space: loaded, traced and restricted to what the engine runs.
+        spec, backend: of the engine.
+        emitter: policies -> files.
+        recipe: of compression.
+        reference: the uncompressed fp32 model's ONNX.
+        notes: lines the user should read.
+    """
+
+    config: SearchConfig
+    model: LoadedModel
+    splits: Splits
+    traced: Traced
+    space: PolicySpace
+    spec: BackendSpec
+    backend: Backend
+    emitter: Emitter
+    recipe: Recipe
+    reference: bytes
+    notes: tuple[str, ...]
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """What a cached accuracy depends on, beside the policy."""
+        numerics = self.backend.capabilities().numerics
+        return {
+            "weights": self.model.weights_digest,
+            "data": self.splits.digest,
+            "graph": self.traced.graph.digest,
+            "recipe": self.recipe.digest,
+            "space": self.space.digest,
+            "numerics": f"{numerics.signed_activations}/{numerics.symmetric_activations}/{numerics.weight_max}",
+        }
+
+
+def prepare(
+    config: SearchConfig,
+    observer: Observer,
+    model: LoadedModel | None = None,
+    splits: Splits | None = None,
+    recipe: Recipe | None = None,
+) -> Workbench:
+    """Load, trace, collect statistics and export, refusing bad input before any folder is made.
+
+    Args:
+        model, splits: live objects in place of ``config.model`` and ``config.data``.
+        recipe: in place of the default one with the configuration's seed.
+
+    Raises:
+        InputError: model, weights, data, space or engine do not fit; see the subclasses.
+    """
+    spec = backend_spec(config)
+    backend = make_backend(spec)
+    space_file = SearchSpace.load(resources.find("search_spaces", config.space))
+    if splits is None:
+        splits = load_data(config.data, _data_options(config))
+    if model is None:
+        weights = Path(config.weights) if config.weights is not None else None
+        embedded = config.data == "digits" and config.model == "zoo:resnet20" and weights is None
+        model = load_model(config.model, weights, splits.classes, embedded=embedded)
+        if model.weights is None and splits.labelled and ":" in config.model and config.model.split(":")[0] in _BARE:
+            raise ModelError(f"{config.model} has no trained weights: give --weights FILE, or use random: data")
+    observer(Phase("trace"))
+    traced = trace(model.module, _example(splits))
+    classes = traced.graph.output_shape[-1]
+    if splits.labelled and classes < splits.classes:
+        raise DataError(
+            f"the labels of {splits.source} name {splits.classes} classes, the model has {classes} outputs: "
+            "choose data or a model that fit each other"
+        )
+    capabilities = backend.capabilities()
+    space = space_file.restrict(traced.graph, capabilities)
+    observer(Phase("statistics"))
+    recipe = recipe or Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
+    images = _first(splits, recipe.images)
+    compressor = (traced, collect(traced, images, recipe), recipe, capabilities.numerics, images)
+    emitter, notes = _emitter(compressor, backend)
+    reference = emitter.emit(emitter.compress(Policy()))
+    return Workbench(
+        config, model, splits, traced, space, spec, backend, emitter, recipe, reference, (*traced.notes, *notes)
+    )
+
+
+def backend_spec(config: SearchConfig) -> BackendSpec:
+    """The engine a configuration names."""
+    return BackendSpec(config.engine, config.resolved_batch(), config.threads, config.hardware)
+
+
+def _data_options(config: SearchConfig) -> DataOptions:
+    return DataOptions(
+        mean=config.mean,
+        std=config.std,
+        size=config.size,
+        calibration=config.calibration_images,
+        search=config.search_images,
+        selection=config.selection_images,
+        seed=config.seed,
+    )
+
+
+_BARE = ("zoo", "torchvision")
+_Parts = tuple[Traced, Statistics, Recipe, Numerics, Images]
+
+
+def _example(splits: Splits) -> Images:
+    """Two calibration images, (2, c, h, w)."""
+    return next(iter(splits.calibration.batches(2)))[0]
+
+
+def _first(splits: Splits, count: int) -> Images:
+    """The first ``count`` calibration images, (count, c, h, w)."""
+    batches: list[Images] = []
+    missing = count
+    for images, _ in splits.calibration.batches(128):
+        batches.append(images[:missing])
+        missing -= len(batches[-1])
+        if missing <= 0:
+            break
+    return np.concatenate(batches)
+
+
+def _emitter(parts: _Parts, backend: Backend) -> tuple[Emitter, Sequence[str]]:
+    """The editing emitter where its file agrees with torch, else the exporting one, with a note."""
+    traced, *_, images = parts
+    try:
+        editing = EditEmitter(*parts, load_template(export_onnx(traced), traced.graph))
+        with backend.build(editing.emit(editing.compress(Policy()))) as engine:
+            error = _parity(engine, traced, images[:32])
+        if error <= PARITY:
+            return editing, ()
+        reason = f"its outputs differ from torch's by {error:.1e}"
+    except EngineError as refused:
+        reason = str(refused)
+    note = f"the ONNX graph cannot be edited safely ({reason}): every policy is exported anew, which is slower"
+    exporting = ExportEmitter(*parts)
+    with backend.build(exporting.emit(exporting.compress(Policy()))) as engine:
+        error = _parity(engine, traced, images[:32])
+    if error > PARITY:
+        raise ModelError(
+            f"the exported model differs from torch's by {error:.1e} (relative L2): it depends on something that "
+            "ONNX does not keep; export it by hand to see which operator"
+        )
+    return exporting, (note,)
+
+
+def _parity(engine: Engine, traced: Traced, images: Images) -> float:
+    """Relative L2 error of the engine's logits."""
+    expected = logits_of(traced.module, images)
+    difference = engine.run(images) - expected
+    return float(np.linalg.norm(difference) / max(float(np.linalg.norm(expected)), 1e-12))
+
+
+def chance_limit(classes: int, images: int) -> float:
+    """Accuracy a guessing model stays under, 999 times in 1,000."""
+    chance = 1.0 / classes
+    return chance + 3.1 * sqrt(chance * (1 - chance) / images)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
