@@ -132,8 +132,7 @@ def load_result(run: Path) -> SearchResult:
         raise RunError(f"{run} has no result ({manifest.status}): go on with 'autocomp resume {run}'") from None
     except ValueError as error:
         raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
-    trials = [TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial"]
-    front = tuple(trial for trial in trials if trial.status != "failed")
+    front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
     return SearchResult.from_json({**data, "run": str(run)}, front)
 
 

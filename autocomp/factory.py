@@ -15,11 +15,16 @@ def is_factory(spec: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])
 
 
-def call_factory(spec: str, error: type[InputError]) -> object:
+def call_factory(spec: str, error: type[InputError], hint: str) -> object:
     """Import ``package.module:factory`` and call it without arguments.
 
     The working directory joins the import path, and stays there: what the factory returns may import more of the
     user's code later.
+
+    Args:
+        spec: what to call.
+        error: the kind to raise.
+        hint: how else ``spec`` could be written, for a module that is not there.
 
     Raises:
         error: the module or the name is missing, or the user's code fails; the message says which.
@@ -32,7 +37,7 @@ def call_factory(spec: str, error: type[InputError]) -> object:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as missing:
         if missing.name and (module_name == missing.name or module_name.startswith(f"{missing.name}.")):
-            raise error(f"cannot import {module_name}: run from the folder that holds it, or install it") from missing
+            raise error(f"cannot import {module_name}: run from the folder that holds it, or {hint}") from missing
         raise error(f"importing {module_name} needs {missing.name}, which is missing: install it") from missing
     except Exception as failure:  # the user's code may fail in any way
         raise error(f"importing {module_name} raised {_line(failure)}: mend it and try again") from failure

@@ -236,3 +236,20 @@ class SearchResult:
             "notes": list(self.notes),
             "layers": [choice.to_json() for choice in self.layers],
         }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], front: tuple[TrialResult, ...]) -> Self:
+        """Read `to_json` back; the trials come from the run's journal."""
+        return cls(
+            verified=data["verified"],
+            budgets=tuple(Budget.parse(text) for text in data["budget"]),
+            contenders={role: Contender.from_json(role, data[role]) for role in ROLES if data.get(role)},
+            trials=data["trials_by_role"],
+            front=front,
+            seconds=data["seconds"],
+            run=Path(data["run"]),
+            notes=tuple(data["notes"]),
+            device=data["device"],
+            predicted=data["predicted"],
+            layers=tuple(LayerChoice.from_json(choice) for choice in data["layers"]),
+        )

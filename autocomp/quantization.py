@@ -161,10 +161,14 @@ def _float32(scale: float) -> float:
 def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Symmetric codes, one scale per output channel (axis 0).
 
+    The scale of a nearly dead channel is kept within 1/1024 of the largest one: engines store the bias in 32 bits in
+    units of it, which overflowed otherwise.
+
     Returns:
         codes of the weight's shape, and scales of shape (out,).
     """
     flat = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
+    flat = np.maximum(flat, flat.max(initial=0.0) / 1024)
     scale = np.where(flat > 0, flat / numerics.weight_max, 1.0).astype(np.float32)
     shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))
     codes = np.clip(np.rint(weight / shaped), -numerics.weight_max, numerics.weight_max)

@@ -7,7 +7,7 @@ from typing import Self
 from autocomp.budget import parse_budgets
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes
 from autocomp.errors import ModelError
-from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult
+from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Engine
 from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
@@ -126,12 +126,13 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         budgets=limits.budgets,
         contenders=contenders,
         trials={role: len(study.of(role)) for role in ("search", "uniform", "random") if study.of(role)},
-        front=tuple(result for result in study.results if result.status != "failed"),
+        front=tuple(study.results),
         seconds=run.seconds,
         run=run.folder,
         notes=tuple(dict.fromkeys(notes)),
         device=bench.backend.device.to_json(),
         predicted=not bench.backend.measures,
+        layers=layer_choices(bench.traced.graph, best.policy) if best is not None else (),
     )
     ship(bench, run, result, study.results)
     return result

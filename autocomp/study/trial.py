@@ -1,6 +1,6 @@
 """One policy -> one `TrialResult`: emit, time, and where the budget holds compress, build and score."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -92,7 +92,7 @@ class _Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def at(self, stage: str):  # type: ignore[no-untyped-def]
+    def at(self, stage: str) -> Iterator[None]:
         self.stage = stage
         self.announce(stage)
         begun = perf_counter()

@@ -22,13 +22,14 @@ from autocomp.compress import (
     export_onnx,
     logits_of,
     structure,
+    to_tensor,
     trace,
 )
 from autocomp.config import SearchConfig
 from autocomp.data import DataOptions, Splits, load_data
 from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
 from autocomp.errors import DataError, EngineError, ModelError
-from autocomp.models import LoadedModel, load_model
+from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
 from autocomp.protocols import Backend, Engine
@@ -63,7 +64,7 @@ class _Compressor:
     images: Images
 
     def compress(self, policy: Policy) -> Compressed:
-        return compress(self.traced, self.statistics, policy, self.recipe, self.numerics, self.images)
+        return compress(self.traced, self.statistics, policy, self.recipe, self.numerics, to_tensor(self.images))
 
 
 @dataclass(frozen=True)
@@ -155,10 +156,11 @@ def prepare(
         weights = Path(config.weights) if config.weights is not None else None
         embedded = config.data == "digits" and config.model == "zoo:resnet20" and weights is None
         model = load_model(config.model, weights, splits.classes, embedded=embedded)
-        if model.weights is None and splits.labelled and ":" in config.model and config.model.split(":")[0] in _BARE:
-            raise ModelError(f"{config.model} has no trained weights: give --weights FILE, or use random: data")
+    if model.weights is None and splits.labelled:
+        raise ModelError(f"{model.spec} has no trained weights: give --weights FILE, or use random: data")
+    check_logits(model, splits.input_shape)
     observer(Phase("trace"))
-    traced = trace(model.module, _example(splits))
+    traced = trace(model.module, to_tensor(_example(splits)))
     classes = traced.graph.output_shape[-1]
     if splits.labelled and classes < splits.classes:
         raise DataError(
@@ -170,7 +172,7 @@ def prepare(
     observer(Phase("statistics"))
     recipe = recipe or Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
     images = _first(splits, recipe.images)
-    compressor = (traced, collect(traced, images, recipe), recipe, capabilities.numerics, images)
+    compressor = (traced, collect(traced, to_tensor(images), recipe), recipe, capabilities.numerics, images)
     emitter, notes = _emitter(compressor, backend)
     reference = emitter.emit(emitter.compress(Policy()))
     return Workbench(
@@ -195,7 +197,6 @@ def _data_options(config: SearchConfig) -> DataOptions:
     )
 
 
-_BARE = ("zoo", "torchvision")
 _Parts = tuple[Traced, Statistics, Recipe, Numerics, Images]
 
 

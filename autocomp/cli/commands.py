@@ -1,0 +1,241 @@
+"""The commands. Heavy imports wait inside them, so that ``--help`` and bad input answer at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from autocomp.cli.flags import (
+    AsJson,
+    Batch,
+    Budgets,
+    CalibrationImages,
+    Config,
+    Data,
+    Engine,
+    Hardware,
+    Mean,
+    Model,
+    Seed,
+    Size,
+    Std,
+    Text,
+    Threads,
+    Weights,
+    Whole,
+    settings_of,
+)
+from autocomp.cli.output import console, fail, print_json, quiet_stdout
+from autocomp.cli.resources import profiles, spaces
+from autocomp.errors import AutocompError, InputError
+
+if TYPE_CHECKING:
+    from autocomp.outcome import Observer, SearchResult
+
+__all__ = ["app", "main"]
+
+BAD_INPUT, NOTHING_VERIFIED, INTERRUPTED = 2, 3, 130
+OLDEST, NEWEST = (3, 11), (3, 13)
+
+app = typer.Typer(
+    name="autocomp",
+    help="Compress a trained model until its real engine, measured on this device, meets a budget.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(spaces, name="spaces")
+app.add_typer(profiles, name="profile")
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    """Runs before every command."""
+    if version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            print(f"autocomp {installed('autocomp')}")
+        except PackageNotFoundError:
+            raise InputError("autocomp is not installed, so its version is unknown: run 'pip install .'") from None
+        raise typer.Exit
+
+
+@app.command()
+def search(
+    context: typer.Context,
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    budget: Budgets = None,
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    space: Annotated[Text, typer.Option(help="search space, by name or file [default]")] = None,
+    controller: Annotated[Text, typer.Option(help="random, tpe or nsga2 [tpe]")] = None,
+    trials: Annotated[Whole, typer.Option(help="policies to evaluate [60]")] = None,
+    baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
+    seed: Seed = None,
+    executor: Annotated[Text, typer.Option(help="where trials run [local]")] = None,
+    finetune_epochs: Annotated[Whole, typer.Option(help="only 0 in this version")] = None,
+    finalists: Annotated[Whole, typer.Option(help="policies that may be verified, at most [3]")] = None,
+    wave: Annotated[Whole, typer.Option(help="policies asked for at once [4]")] = None,
+    metric: Annotated[Text, typer.Option(help="kl or package.module:function [kl]")] = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    calibration_images: CalibrationImages = None,
+    search_images: Annotated[Whole, typer.Option(help="images that score each trial [2048]")] = None,
+    selection_images: Annotated[Whole, typer.Option(help="images that choose the finalists' order [2048]")] = None,
+    out: Annotated[Text, typer.Option(help="run folder [runs/TIME-MODEL-BUDGET]")] = None,
+    config: Config = None,
+    json: AsJson = None,
+) -> None:
+    """Find the most accurate compressed model within the budget, and verify it on fresh engines."""
+    from autocomp.config import load_config
+
+    settings = load_config(config, settings_of(context))
+
+    def work(observer: "Observer") -> "SearchResult":
+        from autocomp import api
+
+        return api.run_search(settings, observer)
+
+    _conduct(work, as_json=settings.json)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    json: AsJson = None,
+) -> None:
+    """Go on with a search that was stopped; no finished trial is lost."""
+
+    def work(observer: "Observer") -> "SearchResult":
+        from autocomp import api
+
+        return api.resume(run, observer)
+
+    _conduct(work, as_json=bool(json))
+
+
+@app.command()
+def apply(
+    context: typer.Context,
+    policy: Annotated[Path, typer.Argument(help="policy.json of a run")],
+    model: Model = None,
+    weights: Weights = None,
+    data: Data = None,
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    seed: Seed = None,
+    calibration_images: CalibrationImages = None,
+    out: Annotated[Path, typer.Option(help="folder for what is written")] = Path("applied"),
+    config: Config = None,
+) -> None:
+    """Write model.onnx, weights.safetensors and policy.json again, from a policy and the original model and data."""
+    from autocomp.config import read_config
+
+    settings = read_config(config, settings_of(context, "policy", "out"))
+    from autocomp import api
+
+    with quiet_stdout():
+        written = api.apply_policy(policy, settings, out)
+    print(written)
+
+
+@app.command()
+def measure(
+    file: Annotated[Path, typer.Argument(help="ONNX model")],
+    reference: Annotated[Path | None, typer.Option(help="ONNX model to compare with, run by run")] = None,
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    statistic: Annotated[str, typer.Option(help="p50, p95 or p99")] = "p50",
+    json: AsJson = None,
+) -> None:
+    """Time an ONNX model on this device, with confidence bounds."""
+    if statistic not in ("p50", "p95", "p99"):
+        raise InputError(f"unknown statistic {statistic!r}: use p50, p95 or p99")
+    from autocomp.config import SearchConfig
+
+    given = {"engine": engine, "hardware": hardware, "threads": threads, "batch": batch}
+    settings = SearchConfig(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    from autocomp import api
+    from autocomp.engines import BackendSpec, make_backend
+    from autocomp.report import print_estimate
+
+    spec = BackendSpec(
+        name=settings.engine, batch=settings.batch or 1, threads=settings.threads, hardware=settings.hardware
+    )
+    with quiet_stdout():
+        predicted = not make_backend(spec).measures
+        estimate = api.measure(file, spec, reference, statistic)
+    if json:
+        print_json({**estimate.to_json(), "predicted": predicted, "batch": spec.batch, "threads": spec.threads})
+    else:
+        print_estimate(estimate, console(sys.stdout), predicted=predicted, compared=reference is not None)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="run folder")]) -> None:
+    """Write report.md and pareto.png of a finished run again, and print its table."""
+    from autocomp import api
+    from autocomp.report import print_result, write_report
+
+    result = api.load_result(run)
+    write_report(result, run)
+    print_result(result, console(sys.stdout))
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit status.
+
+    Args:
+        arguments: without the program's name; None for the process's own.
+    """
+    found = sys.version_info[:2]
+    if not OLDEST <= found <= NEWEST:
+        fail(f"Python {found[0]}.{found[1]} is not supported: use Python 3.11, 3.12 or 3.13", BAD_INPUT)
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="autocomp")
+    except InputError as error:
+        fail(str(error), BAD_INPUT)
+    except AutocompError as error:
+        fail(str(error), NOTHING_VERIFIED)
+    sys.exit(0)
+
+
+def _conduct(work: Callable[["Observer"], "SearchResult"], *, as_json: bool) -> NoReturn:
+    """Show a search while it runs, print its result, and exit with its status."""
+    from autocomp.report import LiveScreen, print_result
+
+    try:
+        if as_json:
+            with quiet_stdout(), LiveScreen(console(sys.stderr)) as screen:
+                result = work(screen)
+            print_json(result.to_json())
+        else:
+            screen_and_table = console(sys.stdout)
+            with LiveScreen(screen_and_table) as screen:
+                result = work(screen)
+            print_result(result, screen_and_table)
+    except AutocompError as error:
+        if as_json and not isinstance(error, InputError):
+            print_json({"verified": False, "error": str(error)})
+        raise
+    except KeyboardInterrupt as error:
+        # Raised again it would meet the parser's own handler, which knows nothing of the run folder.
+        fail(str(error) or "interrupted before the run began: nothing was kept, start again", INTERRUPTED)
+    sys.exit(0 if result.verified else NOTHING_VERIFIED)

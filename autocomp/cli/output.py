@@ -1,0 +1,43 @@
+"""What the commands write, and where to."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, NoReturn, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "fail", "print_json", "quiet_stdout"]
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Send to standard error what libraries, native ones too, write to standard output."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+
+
+def console(file: TextIO) -> "Console":
+    from rich.console import Console
+
+    return Console(file=file, highlight=False)
+
+
+def print_json(data: object) -> None:
+    import json
+
+    print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def fail(message: str, status: int) -> NoReturn:
+    print(f"autocomp: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,26 @@
+"""The torch side of compression: trace a model, collect statistics, turn a policy into weights, export."""
+
+from autocomp.compress.apply import Compressed, compress, structure
+from autocomp.compress.arrays import logits_of, to_tensor
+from autocomp.compress.export import export_compressed, export_onnx
+from autocomp.compress.lowering import Norm
+from autocomp.compress.statistics import Moments, Statistics, collect
+from autocomp.compress.surgery import run
+from autocomp.compress.tracing import Traced, trace
+
+__all__ = [
+    "Compressed",
+    "Moments",
+    "Norm",
+    "Statistics",
+    "Traced",
+    "collect",
+    "compress",
+    "export_compressed",
+    "export_onnx",
+    "logits_of",
+    "run",
+    "structure",
+    "to_tensor",
+    "trace",
+]

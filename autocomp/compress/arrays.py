@@ -1,0 +1,20 @@
+"""numpy in, numpy out: what rooms without torch use."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from autocomp.compress.surgery import run
+
+__all__ = ["logits_of", "to_tensor"]
+
+
+def to_tensor(images: NDArray[np.float32]) -> Tensor:
+    """Images (n, c, h, w) for `trace`, `collect` and `compress`."""
+    return torch.from_numpy(np.ascontiguousarray(images, dtype=np.float32))
+
+
+def logits_of(module: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits (n, classes) that torch computes for images (n, c, h, w)."""
+    return np.asarray(run(module, to_tensor(images)).numpy(), dtype=np.float32)

@@ -1,0 +1,294 @@
+"""From a module to a flat ATen graph: exported, in-place operators made pure, batch norms folded into their layers."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocomp.compress.naming import op_of, reason_of, value_of
+from autocomp.errors import ModelError
+
+__all__ = ["Lowered", "Norm", "lower"]
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+# Operators that hand their first input on unchanged once a model is in eval mode and its graph is pure.
+_IDENTITIES = frozenset(
+    {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+    | {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy"}
+)
+_FLATTENING = frozenset({"view", "reshape", "_unsafe_view", "flatten"})
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm that was folded into a layer, in units of the folded layer's output.
+
+    Attributes:
+        beta: mean it gives each channel, shape (channels,).
+        gamma: magnitude of the deviation it gives each channel, shape (channels,).
+        epsilon: what it adds to the variance before the root, shape (channels,).
+    """
+
+    beta: Tensor
+    gamma: Tensor
+    epsilon: Tensor
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A flat model: one placeholder, parameters by name, one output.
+
+    Attributes:
+        module: runs it. A node's name is the name of its value; the last one is called ``logits``.
+        shapes: value -> shape without the batch axis, () for operators that give several tensors.
+        layers: node name -> layer name, for convolutions and linear operators with plain parameters.
+        norms: layer name -> the batch norm folded into it.
+        opaque: parameter or node name -> why it is no layer.
+    """
+
+    module: fx.GraphModule
+    shapes: Mapping[str, tuple[int, ...]]
+    layers: Mapping[str, str]
+    norms: Mapping[str, Norm]
+    opaque: Mapping[str, str]
+
+
+def lower(model: nn.Module, example: Tensor) -> Lowered:
+    """Export an eval-mode model and flatten it.
+
+    Args:
+        model: is not changed, but must be the caller's own copy in eval mode.
+        example: (n, ...) with n at least 2; the batch axis of the result is dynamic.
+
+    Raises:
+        ModelError: the model does not export, or the flat graph computes something else.
+    """
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dynamic = ({0: torch.export.Dim.DYNAMIC},)
+            exported = torch.export.export(model, (example,), dynamic_shapes=dynamic).module(check_guards=False)
+    except Exception as error:  # the user's code runs here: anything can come out of it
+        raise ModelError(
+            f"the model cannot be exported with a dynamic batch axis ({reason_of(error)}): "
+            "keep Python control flow and fixed batch sizes out of its forward()"
+        ) from error
+    assert isinstance(exported, fx.GraphModule)
+    lowered = _Rebuild(exported).run()
+    with torch.no_grad():
+        expected, found = model(example), lowered.module(example)
+    tolerance = 1e-3 * max(float(expected.abs().max()), 1e-6)
+    if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
+        raise ModelError(
+            "the exported model computes something else than the model: use no randomness in forward() and write no "
+            "values in place into slices of a tensor"
+        )
+    return lowered
+
+
+@dataclass
+class _Rebuild:
+    """Writes an exported graph again, node by node."""
+
+    source: fx.GraphModule
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    state: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, fx.Node] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    layers: dict[fx.Node, str] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> Lowered:
+        for node in self.source.graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = self._shaped(self.graph.placeholder("x"), node)
+            elif node.op == "get_attr":
+                self.values[node] = self._parameter(str(node.target), self._attribute(node))
+            elif node.op == "output":
+                result = self._mapped(_single(node.args[0]))
+                result._rename("logits")
+                self.graph.output(result)
+            elif "_assert" not in op_of(node):
+                self.values[node] = self._operator(node)
+        self.graph.eliminate_dead_code()
+        live = {node for node in self.graph.nodes}
+        used = {str(node.target) for node in live if node.op == "get_attr"}
+        root = {name: _frozen(tensor) for name, tensor in self.state.items() if name in used}
+        module = fx.GraphModule(root, self.graph).eval()
+        return Lowered(
+            module,
+            {value_of(node): shape for node, shape in self.shapes.items() if node in live},
+            {node.name: name for node, name in self.layers.items() if node in live},
+            self.norms,
+            self.opaque,
+        )
+
+    def _operator(self, node: fx.Node) -> Any:
+        op = op_of(node)
+        base = op.rstrip("_")
+        if base in _IDENTITIES or (op == "slice" and _takes_all(node)):
+            return self._mapped(node.args[0])
+        if op in _CONVOLUTIONS:
+            return self._convolution(node)
+        if op == "linear":
+            return self._layer(node, node.target, (), {})
+        if op == "batch_norm" and (layer := self._foldable(node)) is not None:
+            return self._fold(node, layer)
+        if base in _FLATTENING and _flattens(node):
+            flat = torch.ops.aten.flatten.using_ints
+            return self._create(node, flat, (self._mapped(node.args[0]), 1), {}, "flatten")
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
+        if op == base or not isinstance(node.target, torch._ops.OpOverload):
+            return self._create(node, node.target, args, kwargs, op)
+        pure = getattr(getattr(torch.ops.aten, base), node.target._overloadname)
+        written = args[0]
+        new = self._create(node, pure, args, kwargs, base)
+        for old, value in self.values.items():  # later readers of the overwritten tensor read the new value
+            if value is written:
+                self.values[old] = new
+        return new
+
+    def _convolution(self, node: fx.Node) -> fx.Node:
+        """Write all seven arguments out, spatial ones as lists, padding as numbers."""
+        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        weight = given["weight"].meta["val"]
+        rank = weight.ndim - 2
+
+        def spread(value: Any) -> list[int]:
+            return [int(value)] * rank if isinstance(value, int) else [int(v) for v in value] * (rank // len(value))
+
+        stride, dilation = spread(given.get("stride", 1)), spread(given.get("dilation", 1))
+        padding = given.get("padding", 0)
+        target = getattr(torch.ops.aten, op_of(node)).default
+        if isinstance(padding, str):
+            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
+            if any(entry % 2 for entry in total):  # one side gets more: no plain number says that
+                self.opaque[node.name] = "its 'same' padding is uneven"
+                args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
+                return self._create(node, node.target, args, kwargs, op_of(node))
+            padding = [entry // 2 for entry in total]
+        return self._layer(node, target, (stride, spread(padding), dilation, given.get("groups", 1)), given)
+
+    def _layer(self, node: fx.Node, target: Any, rest: tuple[Any, ...], given: dict[str, Any]) -> fx.Node:
+        """A convolution or linear operator; one with plain parameters gets a bias if it has none."""
+        names = ("input", "weight", "bias")
+        given = given or dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        weight, bias = given["weight"], given.get("bias")
+        name, _, last = str(weight.target).rpartition(".")
+        plain = weight.op == "get_attr" and last == "weight" and name != ""
+        own = bias is None or (bias.op == "get_attr" and (bias.target == f"{name}.bias" or len(weight.users) > 1))
+        if plain and own:
+            if bias is None:
+                mapped = self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
+            else:
+                mapped = self._mapped(bias)
+        else:
+            mapped = None if bias is None else self._mapped(bias)
+            self.opaque[str(weight.target) if weight.op == "get_attr" else node.name] = (
+                "its weight or bias is no parameter of its own module"
+            )
+        new = self._create(
+            node, target, (self._mapped(given["input"]), self._mapped(weight), mapped, *rest), {}, op_of(node)
+        )
+        if plain and own:
+            self.layers[new] = name
+        return new
+
+    def _foldable(self, node: fx.Node) -> fx.Node | None:
+        """The layer whose output only this batch norm reads, and whose parameters only that layer reads."""
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
+            return None
+        new = self.values[source]
+        if new not in self.layers or any(value.op != "get_attr" for value in node.args[1:5] if value is not None):  # type: ignore[union-attr]
+            return None
+        plain = op_of(new) in _CONVOLUTIONS or len(self.shapes[new]) == 1
+        return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
+
+    def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
+        scale, shift, mean, variance = (None if arg is None else self._attribute(arg) for arg in node.args[1:5])
+        epsilon = float(node.args[7])  # type: ignore[arg-type]
+        name = self.layers[layer]
+        weight, bias = self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()
+        assert mean is not None and variance is not None  # eval mode
+        gamma = torch.ones_like(mean) if scale is None else scale
+        beta = torch.zeros_like(mean) if shift is None else shift
+        factor = gamma.double() / torch.sqrt(variance.double() + epsilon)
+        self.state[f"{name}.weight"] = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).float()
+        self.state[f"{name}.bias"] = ((bias - mean.double()) * factor + beta.double()).float()
+        self.norms[name] = Norm(
+            beta.detach().clone(), gamma.detach().abs(), (epsilon * factor.square()).float().detach()
+        )
+        return layer
+
+    def _parameter(self, name: str, tensor: Tensor) -> fx.Node:
+        if name not in self.parameters:
+            self.state[name] = tensor.detach()
+            self.parameters[name] = self.graph.create_node("get_attr", name, name="p_" + name.replace(".", "_"))
+        return self.parameters[name]
+
+    def _attribute(self, node: Any) -> Tensor:
+        value: Any = self.source
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, Tensor):
+            raise ModelError(f"the model has control flow in its graph ({node.target}): write it without torch.cond")
+        return value.detach()
+
+    def _mapped(self, node: Any) -> Any:
+        return self.values[node]
+
+    def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
+        return self._shaped(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
+
+    def _shaped(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            self.shapes[new] = tuple(int(size) if isinstance(size, int) else -1 for size in value.shape[1:])
+        elif isinstance(value, tuple | list) or (value is None and node.target is not torch.ops.aten.sym_size.int):
+            self.shapes[new] = ()
+        return new
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().clone().contiguous()
+    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether a view makes (n, features) of a whole sample: written as flatten it does not fix the features."""
+    source, value = node.args[0], node.meta.get("val")
+    if not isinstance(source, fx.Node) or not isinstance(value, Tensor) or value.ndim != 2:
+        return False
+    before = source.meta["val"].shape
+    return len(before) >= 2 and not isinstance(value.shape[0], int) and value.shape[0] == before[0]
+
+
+def _takes_all(node: fx.Node) -> bool:
+    """Whether a slice picks its whole axis, as ``x[:, 1:]`` does on its first one."""
+    given: tuple[Any, ...] = node.args
+    source, axis, start, end, step = (*given, *(None, 0, None, None, 1)[len(given) :])
+    size = source.meta["val"].shape[axis]
+    reaches = end is None or (isinstance(end, int) and end >= (size if isinstance(size, int) else 2**62))
+    return start in (None, 0) and step == 1 and reaches
+
+
+def _leaves(tree: Any) -> Iterator[Any]:
+    if isinstance(tree, tuple | list):
+        for entry in tree:
+            yield from _leaves(entry)
+    else:
+        yield tree
+
+
+def _single(tree: Any) -> Any:
+    leaves = list(_leaves(tree))
+    if len(leaves) != 1:
+        raise ModelError(f"the model returns {len(leaves)} tensors: return the logits only, one tensor (n, classes)")
+    return leaves[0]

@@ -1,0 +1,101 @@
+"""Which channels go, and how the layers that read them make up for it."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from autocomp.compress.statistics import Moments
+from autocomp.errors import CompressError
+from autocomp.graph import Group, Layer, LayerGraph
+from autocomp.policy import Policy, Recipe
+
+__all__ = ["group_l2", "reconstruct", "select"]
+
+
+def select(
+    graph: LayerGraph, tensors: Mapping[str, Tensor], policy: Policy, recipe: Recipe
+) -> dict[str, tuple[int, ...]]:
+    """Group -> channels that stay, ascending: the most important ones, earlier ones where equal."""
+    measure = {"group_l2": group_l2}[recipe.importance]
+    kept = {}
+    for name, count in policy.kept.items():
+        norms = measure(graph.group_by_name[name], tensors)
+        order = np.lexsort((np.arange(len(norms)), -norms))
+        kept[name] = tuple(int(channel) for channel in np.sort(order[:count]))
+    return kept
+
+
+def group_l2(group: Group, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
+    """Squared L2 norm per channel, (channels,), over all folded weights that write or read it.
+
+    The group form of weight-magnitude importance (Fang et al., DepGraph, CVPR 2023, section 3.3).
+    """
+    total = np.zeros(group.channels)
+    for member in group.members:
+        weight = tensors[member.parameter]
+        if weight.ndim > 1:
+            others = tuple(axis for axis in range(weight.ndim) if axis != member.axis)
+            squares = weight.double().square().sum(others).numpy()
+            total += squares[np.asarray(member.positions)].sum(axis=1)
+    return total
+
+
+def reconstruct(
+    layer: Layer, weight: Tensor, bias: Tensor, kept: NDArray[np.int64], moments: Moments, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """New weight and bias of a layer that loses inputs, so that its output changes least.
+
+    Minimises E|W x + b - W' x_K - b'|^2 + a |W' - W_K|^2 over the calibration images in closed form: the removed
+    inputs are predicted from the kept ones by ridge regression on centred moments, and the prediction is folded into
+    the kept columns and the bias (as in He et al., Channel Pruning, ICCV 2017, section 3.1, step (ii), with a bias).
+    Pooled moments predict a removed channel from the kept channels at the same kernel position.
+
+    Args:
+        weight: (out, in, *kernel), all input channels (or, of a linear layer, all columns) still there.
+        bias: (out,).
+        kept: positions on the weight's axis 1 that stay.
+        ridge: fraction of the kept inputs' mean variance added to each of them.
+
+    Returns:
+        weight of shape (out, kept, *kernel), and bias.
+
+    Raises:
+        CompressError: the solve gives no finite weights.
+    """
+    out, pooled = weight.shape[0], moments.pooled
+    features = len(moments.mean)
+    per_entry = features * pooled // weight.shape[1]  # weight columns of one position on axis 1
+    columns = (kept[:, None] * per_entry + np.arange(per_entry)).ravel()
+    stay = torch.from_numpy(np.unique(columns // pooled))
+    gone = torch.from_numpy(np.setdiff1d(np.arange(features), stay.numpy()))
+    flat = weight.reshape(out, features, pooled)
+    lost = flat[:, gone].transpose(1, 2).flatten(0, 1)  # (out * pooled, gone)
+    dtype = torch.float64 if len(stay) <= 2048 else torch.float32
+    change = _solve(moments.gram, stay, moments.gram[stay][:, gone].to(dtype) @ lost.T.to(dtype), ridge).T
+    mean = moments.mean.to(dtype)
+    shift = (lost.to(dtype) @ mean[gone] - change @ mean[stay]).reshape(out, pooled).sum(1)
+    solved = flat[:, stay].to(dtype) + change.reshape(out, pooled, -1).transpose(1, 2)
+    if not bool(torch.isfinite(solved).all() & torch.isfinite(shift).all()):
+        raise CompressError(
+            f"reconstructing {layer.name} gave NaN: raise the recipe's ridge or check the calibration data"
+        )
+    shape = (out, len(kept), *weight.shape[2:])
+    return solved.reshape(shape).float(), (bias.to(dtype) + shift).float()
+
+
+def _solve(gram: Tensor, stay: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """(G_KK + aI)^-1 target, with a raised where rounding leaves the matrix without a Cholesky factor."""
+    matrix = gram[stay][:, stay].to(target.dtype)
+    scale = float(matrix.diagonal().mean())
+    if not scale > 0:
+        return torch.zeros_like(target)  # the kept inputs are constant: they predict nothing
+    for growth in (0.0, 1e-6, 1e-4, 1e-2):
+        damped = matrix.clone()
+        damped.diagonal().add_((ridge + growth) * scale)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return torch.cholesky_solve(target, factor)
+    return torch.zeros_like(target)

@@ -1,0 +1,106 @@
+"""Compression as editing of data: slicing tensors by a graph's groups, bypassing branches, running the result."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from autocomp.compress.naming import value_of
+from autocomp.graph import Branch, Group, LayerGraph
+
+__all__ = ["kept_positions", "masked", "rebuild", "run", "slice_tensors", "tensors_of"]
+
+Kept = Mapping[str, tuple[int, ...]]
+
+
+def kept_positions(graph: LayerGraph, kept: Kept) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """(parameter, axis) -> indices that stay, ascending, for every axis that a pruned group slices."""
+    masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    for name, channels in kept.items():
+        group = graph.group_by_name[name]
+        gone = np.setdiff1d(np.arange(group.channels), np.asarray(channels, dtype=np.int64))
+        for member in group.members:
+            key = (member.parameter, member.axis)
+            size = graph.parameters[member.parameter][member.axis]
+            mask = masks.setdefault(key, np.ones(size, dtype=np.bool_))
+            mask[np.asarray(member.positions, dtype=np.int64)[gone].ravel()] = False
+    return {key: np.flatnonzero(mask) for key, mask in masks.items()}
+
+
+def slice_tensors(
+    tensors: Mapping[str, Tensor], positions: Mapping[tuple[str, int], NDArray[np.int64]]
+) -> dict[str, Tensor]:
+    """Tensors with only the given positions left on each listed axis."""
+    result = dict(tensors)
+    for (name, axis), indices in positions.items():
+        if name in result:
+            result[name] = result[name].index_select(axis, torch.from_numpy(indices))
+    return result
+
+
+def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Every tensor the graph reads, by name, detached."""
+    names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
+    return {name: _attribute(module, name).detach() for name in names}
+
+
+def rebuild(
+    module: fx.GraphModule, graph: LayerGraph, tensors: Mapping[str, Tensor], bypassed: Iterable[Branch] = ()
+) -> fx.GraphModule:
+    """A module of the same graph around other tensors, without the given branches.
+
+    Node names stay. Depthwise convolutions get as many groups as their weight has channels. What no longer reaches
+    the output is left out, its tensors too. ``module`` is not changed.
+    """
+    streams = {branch.add: branch.stream for branch in bypassed}
+    depthwise = {layer.node: layer.weight for layer in graph.layers if layer.depthwise}
+    fresh = fx.Graph()
+    by_value: dict[str, fx.Node] = {}
+    env: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            (result,) = node.args
+            fresh.output(env[result])
+            continue
+        if node.name in streams:
+            env[node] = by_value[streams[node.name]]
+        else:
+            env[node] = fresh.node_copy(node, env.__getitem__)
+            if node.name in depthwise:
+                env[node].args = (*env[node].args[:6], tensors[depthwise[node.name]].shape[0])
+        by_value[value_of(node)] = env[node]
+    fresh.eliminate_dead_code()
+    used = {str(node.target) for node in fresh.nodes if node.op == "get_attr"}
+    root = {
+        name: nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
+        if name in used
+    }
+    return fx.GraphModule(root, fresh).eval()
+
+
+def masked(graph: LayerGraph, tensors: Mapping[str, Tensor], groups: Sequence[Group], kept: Kept) -> dict[str, Tensor]:
+    """The unpruned tensors with everything that belongs to removed channels set to zero."""
+    result = dict(tensors)
+    for group in groups:
+        gone = np.setdiff1d(np.arange(group.channels), np.asarray(kept[group.name], dtype=np.int64))
+        for member in group.members:
+            if member.parameter.rpartition(".")[2] in ("weight", "bias"):
+                index = torch.from_numpy(np.asarray(member.positions, dtype=np.int64)[gone].ravel())
+                result[member.parameter] = result[member.parameter].index_fill(member.axis, index, 0.0)
+    return result
+
+
+def run(module: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
+    """Logits (n, classes) of images (n, ...), computed in batches without gradients."""
+    with torch.no_grad():
+        return torch.cat([module(part) for part in images.split(batch)])
+
+
+def _attribute(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    value = getattr(module.get_submodule(path), last)
+    assert isinstance(value, Tensor)
+    return value

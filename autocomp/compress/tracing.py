@@ -1,0 +1,197 @@
+"""From a user's model to a `LayerGraph` and the module that runs it."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor, fx, nn
+
+from autocomp.compress.branches import find_branches
+from autocomp.compress.coupling import admit, couple
+from autocomp.compress.lowering import Lowered, Norm, lower
+from autocomp.compress.naming import op_of, reason_of, value_of
+from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
+from autocomp.errors import ModelError
+from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
+
+__all__ = ["Traced", "trace"]
+
+PARITY = 1e-4  # largest relative difference between a pruned model and the unpruned one with zeros in its place
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A model as data, and the module that computes with it.
+
+    Attributes:
+        graph: operators, layers, prunable groups, removable branches.
+        module: batch norms folded, eval mode, frozen, dynamic batch, CPU, float32.
+        norms: layer -> the batch norm that was folded into it.
+        notes: lines the user should read: what was left whole, and why.
+    """
+
+    graph: LayerGraph
+    module: fx.GraphModule
+    norms: Mapping[str, Norm]
+    notes: tuple[str, ...]
+
+
+def trace(model: nn.Module, example: Tensor) -> Traced:
+    """Trace a trained model. The model is copied; weights, buffers and modes of the caller's stay as they are.
+
+    Args:
+        model: maps float images to one tensor of logits.
+        example: images (n, *shape) of any n of at least 1, as the model will see them.
+
+    Raises:
+        ModelError: the model cannot be copied, run or exported, returns something else than one float tensor
+            (n, classes), or has no convolution or linear layer.
+    """
+    own, example = _prepared(model, example)
+    lowered = lower(own, example)
+    nodes = _nodes(lowered)
+    layers, shared = _layers(lowered)
+    if not layers:
+        raise ModelError(
+            "the model has no convolution or linear layer with weights of its own: there is nothing to compress"
+        )
+    tensors = tensors_of(lowered.module)
+    parameters = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    coupling = couple(own, example, layers, parameters, shared)
+    graph = LayerGraph(nodes, "logits", layers, coupling.groups, find_branches(nodes, layers), parameters)
+    trial = _Trial(lowered.module, graph, tensors, example)
+    groups = admit([group for group in graph.groups if not trial.ends(group)], trial.prunes)
+    branches = admit(graph.branches, trial.drops)
+    whole = {**lowered.opaque, **{name: "its weight is shared" for name in sorted(shared)}, **coupling.left_whole}
+    admitted = {group.name for group in groups}
+    for group in graph.groups:
+        if group.name not in admitted and not trial.ends(group):
+            whole[group.name] = "a trial prune changed the model's output in another way than zeros would"
+    last = {layer.name for layer in layers if layer.node == graph.output}
+    whole = {name: reason for name, reason in whole.items() if name not in last or "grouped" in reason}
+    graph = replace(graph, groups=groups, branches=branches, left_whole=whole)
+    notes = tuple(f"{name} is left whole: {reason}" for name, reason in whole.items())
+    return Traced(graph, lowered.module, lowered.norms, notes)
+
+
+def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """The caller's model copied to the CPU in eval mode, and an example of at least two images for it."""
+    if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or len(example) == 0:
+        raise ModelError("the example must be a float tensor of images (n, ...) with n at least 1")
+    example = example.detach().to("cpu", torch.float32)
+    example = torch.cat([example, example])[: max(2, min(len(example), 8))]
+    try:
+        own = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+        with torch.no_grad():
+            logits = own(example)
+    except Exception as error:  # the user's code runs here: anything can come out of it
+        raise ModelError(
+            f"the model does not run on images of shape {tuple(example.shape)} ({reason_of(error)}): "
+            "check the model against the data"
+        ) from error
+    if not isinstance(logits, Tensor):
+        raise ModelError(
+            f"the model returns a {type(logits).__name__}: return the logits only, one tensor (n, classes)"
+        )
+    if not logits.is_floating_point() or logits.ndim != 2 or len(logits) != len(example):
+        raise ModelError(
+            f"the model returns {tuple(logits.shape)} of {logits.dtype} for {len(example)} images: "
+            "return the logits only, one float tensor (n, classes)"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("the model returns NaN or infinity on the example: check its weights and the data's scaling")
+    return own, example
+
+
+def _nodes(lowered: Lowered) -> tuple[Node, ...]:
+    nodes = []
+    for node in lowered.module.graph.nodes:
+        name = value_of(node)
+        if name in lowered.shapes:
+            inputs = tuple(value_of(entry) for entry in node.all_input_nodes if value_of(entry) in lowered.shapes)
+            if op_of(node) in ("add", "mul", "cat") and not node.kwargs:
+                inputs = _in_order(node, lowered.shapes)
+            op = "input" if node.op == "placeholder" else op_of(node)
+            nodes.append(Node(name, op, inputs, lowered.shapes[name]))
+    return tuple(nodes)
+
+
+def _in_order(node: fx.Node, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """Inputs with repetitions, as they stand in the call."""
+    found: list[str] = []
+    fx.map_arg(node.args, lambda entry: found.append(value_of(entry)))
+    return tuple(name for name in found if name in shapes)
+
+
+def _layers(lowered: Lowered) -> tuple[tuple[Layer, ...], frozenset[str]]:
+    """Layers in topological order, and the names of those whose weight several operators read."""
+    layers: dict[str, Layer] = {}
+    shared = set()
+    for node in lowered.module.graph.nodes:
+        name = lowered.layers.get(node.name)
+        if name is None:
+            continue
+        weight = node.args[1]
+        weight_shape = tuple(lowered.module.get_parameter(weight.target).shape)
+        shape = lowered.shapes[value_of(node)]
+        conv = op_of(node) != "linear"
+        positions = prod(shape[1:]) if conv else prod(shape[:-1])
+        if name in layers:  # one weight, used again: its work adds up, everything else is that of the first use
+            shared.add(name)
+            layers[name] = replace(layers[name], positions=layers[name].positions + positions)
+            continue
+        stride, padding, dilation = (tuple(entry) for entry in node.args[3:6]) if conv else ((), (), ())
+        layers[name] = Layer(
+            name=name,
+            op="conv" if conv else "linear",
+            node=node.name,
+            weight_shape=weight_shape,
+            positions=positions,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=node.args[6] if conv else 1,
+            normalised=name in lowered.norms,
+        )
+    return tuple(layers.values()), frozenset(shared)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Trial prunes of a traced model on an example."""
+
+    module: fx.GraphModule
+    graph: LayerGraph
+    tensors: Mapping[str, Tensor]
+    example: Tensor
+
+    def ends(self, group: Group) -> bool:
+        """Whether the group holds the channels of the last layer, the logits."""
+        last = {layer.name for layer in self.graph.layers if layer.node == self.graph.output}
+        return any(m.axis == 0 and m.parameter.rpartition(".")[0] in last for m in group.members)
+
+    def prunes(self, groups: Sequence[Group]) -> bool:
+        """Whether every second channel of all groups can go as if it were zero."""
+        kept = {group.name: tuple(range(0, group.channels, 2)) for group in groups}
+        pruned = slice_tensors(self.tensors, kept_positions(self.graph, kept))
+        found = self._outputs(pruned)
+        expected = self._outputs(masked(self.graph, self.tensors, groups, kept))
+        if found is None or expected is None or found.shape != expected.shape:
+            return False
+        scale = max(float(expected.abs().max()), 1e-12)
+        return float((found - expected).abs().max()) <= PARITY * scale
+
+    def drops(self, branches: Sequence[Branch]) -> bool:
+        """Whether the model without these branches still gives logits of its shape."""
+        found = self._outputs(self.tensors, branches)
+        return found is not None and found.shape[1:] == self.graph.output_shape
+
+    def _outputs(self, tensors: Mapping[str, Tensor], dropped: Sequence[Branch] = ()) -> Tensor | None:
+        try:
+            with torch.no_grad():
+                found = rebuild(self.module, self.graph, tensors, dropped)(self.example)
+        except (RuntimeError, ValueError, IndexError):  # shapes do not fit: what this trial is there to find out
+            return None
+        return found if isinstance(found, Tensor) else None

@@ -1,0 +1,7 @@
+"""Where data comes from: digits, files, folders, noise, and the user's own objects."""
+
+from autocomp.data.load import load_data
+from autocomp.data.objects import splits_from_objects
+from autocomp.data.splits import Batch, DataOptions, Split, Splits
+
+__all__ = ["Batch", "DataOptions", "Split", "Splits", "load_data", "splits_from_objects"]

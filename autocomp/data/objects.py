@@ -1,0 +1,182 @@
+"""The user's own torch datasets and loaders as splits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
+
+from autocomp.data.splits import Batch, DataOptions, Splits, assemble, draw, hash_arrays
+from autocomp.errors import DataError
+from autocomp.policy import digest_of
+
+__all__ = ["DatasetSplit", "splits_from_objects"]
+
+# Images that stand for a whole dataset in its digest.
+DIGEST_IMAGES = 32
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSplit:
+    """Some items of a map-style dataset, each an (image, label) pair. What varies from one reading to the next,
+    such as random augmentation, makes runs differ.
+
+    Attributes:
+        dataset: has ``__len__`` and ``__getitem__``.
+        indices: (n,) of the items in this split.
+        collate: turns a list of items into (images, labels).
+        classes: labels must lie below.
+        source: for messages.
+    """
+
+    dataset: Any
+    indices: NDArray[np.int64]
+    collate: Callable[[list[Any]], Any]
+    classes: int
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @cached_property
+    def digest(self) -> str:
+        """Over the positions, and 32 images spread evenly with their labels."""
+        step = max(1, len(self.indices) // DIGEST_IMAGES)
+        images, labels = self._read(self.indices[::step][:DIGEST_IMAGES])
+        return digest_of([type(self.dataset).__qualname__, hash_arrays([self.indices, images, labels])])
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        for start in range(0, len(self.indices), size):
+            yield self._read(self.indices[start : start + size])
+
+    def _read(self, indices: NDArray[np.int64]) -> Batch:
+        try:
+            batch = self.collate([self.dataset[int(index)] for index in indices])
+        except Exception as error:  # the user's code may fail in any way
+            where = f"items {indices[0]} to {indices[-1]}"
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise DataError(f"{self.source}: cannot read {where} ({reason}): yield (image tensor, label)") from error
+        if not isinstance(batch, Sequence) or len(batch) != 2 or not all(isinstance(x, torch.Tensor) for x in batch):
+            raise DataError(f"{self.source}: items are not pairs (image tensor, label): make them so")
+        images, labels = batch
+        if images.ndim != 4 or not images.is_floating_point():
+            raise DataError(
+                f"{self.source}: images are {images.dtype} {tuple(images.shape[1:])}: yield float tensors (c, h, w), "
+                "normalised as in training"
+            )
+        if not bool(torch.isfinite(images).all()):
+            raise DataError(f"{self.source}: items {indices[0]} to {indices[-1]} hold NaN or infinite pixels")
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise DataError(f"{self.source}: labels are {labels.dtype} {tuple(labels.shape)}: yield one integer each")
+        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+            raise DataError(
+                f"{self.source}: labels reach from {int(labels.min())} to {int(labels.max())}, outside of the "
+                f"{self.classes} classes: number classes from 0"
+            )
+        return images.detach().float().cpu().numpy(), labels.to(torch.int64).cpu().numpy()
+
+
+def splits_from_objects(
+    data: object, options: DataOptions | None = None, *, classes: int | None = None, source: str = "objects"
+) -> Splits:
+    """Make splits of live objects.
+
+    Args:
+        data: a `Splits`, which is returned as it is; or (train, test), or (train, validation, test), of map-style torch
+            datasets or loaders of them, whose items are (normalised image tensor (c, h, w), label).
+            Search and selection are drawn from the validation part, else from ``train``.
+        options: sizes and seed, the defaults where None; images come ready, so mean, std and size must not be given.
+        classes: how many there are; None reads all labels to find out.
+        source: how messages name the data.
+
+    Raises:
+        DataError: the objects are of another kind, items do not fit, or there are too few.
+    """
+    if isinstance(data, Splits):
+        return data
+    options = options or DataOptions()
+    if not isinstance(data, tuple | list) or len(data) not in (2, 3):
+        raise DataError(f"{source} is a {type(data).__name__}: give (train, test) datasets, or autocomp.data.Splits")
+    if options.mean or options.std or options.size:
+        raise DataError(f"{source}: images of a dataset come ready: leave out mean, std and size, and normalise there")
+    names = ("train", "test") if len(data) == 2 else ("train", "validation", "test")
+    parts = {name: _open(part, f"{source} ({name})") for name, part in zip(names, data, strict=True)}
+    if classes is None:
+        classes = 1 + max(_largest_label(part) for part in parts.values())
+    parts = {name: replace(part, classes=classes) for name, part in parts.items()}
+    train, test = parts["train"], parts["test"]
+    first = {name: next(part.batches(1))[0].shape[1:] for name, part in parts.items()}
+    if len(set(first.values())) > 1:
+        raise DataError(f"{source}: images differ in shape between the parts, {first}: make them equal")
+    channels, height, width = first["train"]
+
+    def pick(part: DatasetSplit, chosen: NDArray[np.int64]) -> DatasetSplit:
+        return replace(part, indices=part.indices[chosen])
+
+    if "validation" in parts:
+        held_out = parts["validation"]
+        (chosen,) = draw(len(train), (options.calibration,), options.seed, train.source).parts
+        draws = draw(len(held_out), (options.search, options.selection), options.seed, held_out.source)
+        calibration, rest = pick(train, chosen), train
+        search, selection = (pick(held_out, indices) for indices in draws.parts)
+    else:
+        draws = draw(len(train), options.wanted, options.seed, train.source)
+        calibration, search, selection = (pick(train, indices) for indices in draws.parts)
+        rest = pick(train, draws.train)
+    return assemble(
+        calibration,
+        search,
+        selection,
+        test,
+        rest,
+        classes=classes,
+        input_shape=(channels, height, width),
+        from_training="validation" not in parts,
+        source=source,
+    )
+
+
+def _open(part: object, source: str) -> DatasetSplit:
+    """All items of a dataset, or those a loader draws, in the dataset's order."""
+    dataset, collate = part, default_collate
+    sampler: Any = None
+    if isinstance(part, DataLoader):
+        dataset, collate, sampler = part.dataset, part.collate_fn, part.sampler
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        raise DataError(f"{source} is a {type(part).__name__}: give a map-style dataset, with a length and indexing")
+    if sampler is None:
+        indices = np.arange(len(dataset), dtype=np.int64)
+    else:
+        with torch.random.fork_rng(devices=[]):  # samplers draw from the global generator
+            indices = np.unique(np.fromiter(sampler, np.int64))
+    if len(indices) == 0:
+        raise DataError(f"{source} is empty: give it images")
+    return DatasetSplit(dataset, indices, collate, np.iinfo(np.int64).max, source)
+
+
+def _largest_label(part: DatasetSplit) -> int:
+    known = _labels(part.dataset)
+    if known is not None:
+        return int(known[part.indices].max())
+    return max(int(labels.max()) for _, labels in part.batches(256))
+
+
+def _labels(dataset: Any) -> NDArray[np.int64] | None:
+    """Labels of a kind of dataset that keeps them apart from its images; None for any other."""
+    if isinstance(dataset, Subset):
+        inner = _labels(dataset.dataset)
+        return None if inner is None else inner[np.asarray(dataset.indices)]
+    if isinstance(dataset, TensorDataset):
+        found: Any = dataset.tensors[-1]
+    elif getattr(dataset, "target_transform", None) is None:
+        found = getattr(dataset, "targets", None)
+    else:
+        found = None
+    if found is None:
+        return None
+    labels = np.asarray(found)
+    return labels.astype(np.int64) if labels.shape == (len(dataset),) and labels.dtype.kind in "iu" else None

@@ -1,0 +1,25 @@
+"""Engines: typed ONNX from a policy, backends that run it, and timing. Importing this loads no runtime."""
+
+from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend
+from autocomp.engines.fresh import measure_fresh
+from autocomp.engines.lock import device_lock
+from autocomp.engines.onnx_graph import Template, emit, load_template
+from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest
+from autocomp.engines.timing import compare, estimate, merge
+
+__all__ = [
+    "BACKENDS",
+    "BackendSpec",
+    "Template",
+    "compare",
+    "device_lock",
+    "emit",
+    "estimate",
+    "initializer_bytes",
+    "int8_layers",
+    "load_template",
+    "make_backend",
+    "measure_fresh",
+    "merge",
+    "structure_digest",
+]

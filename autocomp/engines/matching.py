@@ -1,0 +1,141 @@
+"""Find a traced graph's values in the ONNX model it was exported to."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx
+from onnx import helper, numpy_helper
+
+from autocomp.errors import EngineError
+from autocomp.graph import LayerGraph, Node
+from autocomp.policy import INT8, Policy
+from autocomp.quantization import place
+
+__all__ = ["match_values", "simplified"]
+
+# ATen's operator -> the ONNX operators an exporter may write for it.
+_OPERATORS: Mapping[str, frozenset[str]] = {
+    "relu": frozenset({"Relu"}),
+    "relu6": frozenset({"Clip"}),
+    "hardtanh": frozenset({"Clip"}),
+    "clamp": frozenset({"Clip"}),
+    "add": frozenset({"Add"}),
+    "cat": frozenset({"Concat"}),
+    "slice": frozenset({"Slice"}),
+    "pad": frozenset({"Pad"}),
+    "max_pool2d": frozenset({"MaxPool"}),
+    "avg_pool2d": frozenset({"AveragePool", "GlobalAveragePool"}),
+    "adaptive_avg_pool2d": frozenset({"AveragePool", "GlobalAveragePool"}),
+    "mean": frozenset({"ReduceMean", "GlobalAveragePool"}),
+    "flatten": frozenset({"Reshape", "Flatten"}),
+    "view": frozenset({"Reshape", "Flatten"}),
+    "reshape": frozenset({"Reshape", "Flatten"}),
+}
+# Moving operators that do nothing where the shape stays; a pooling or a permutation still does something then.
+_IDENTITY_WHEN_SHAPE_STAYS = frozenset({"slice", "pad", "view", "reshape", "flatten", "dropout"})
+
+
+def match_values(
+    graph: LayerGraph, nodes: Sequence[onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto], output: str
+) -> dict[str, str]:
+    """Graph value -> ONNX value, matched by structure: names differ between a trace and its export.
+
+    Layers are found by their weight, which fixes the values they read and write. The others follow in topological
+    order: the ONNX operator of a fitting kind that reads exactly the matched inputs.
+
+    Raises:
+        EngineError: naming a layer whose weight, or a value that int8 needs and that was not found.
+    """
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for operator in nodes:
+        for value in dict.fromkeys(operator.input):
+            readers.setdefault(value, []).append(operator)
+    values = _anchors(graph, readers, initializers)
+    values[graph.output] = output
+    produced = {value for operator in nodes for value in operator.output}
+    for node in graph.nodes:
+        if node.name in values or not node.inputs or any(value not in values for value in node.inputs):
+            continue
+        inputs = [values[value] for value in node.inputs]
+        if node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in produced and _keeps_shape(graph, node):
+            values[node.name] = inputs[0]  # it does nothing, and the exporter left it out
+            continue
+        found = _find(node, inputs, readers, initializers)
+        if found is not None and found in produced:
+            values[node.name] = found
+    everywhere = Policy(precisions={layer.name: INT8 for layer in graph.layers})
+    needed = dict.fromkeys([*place(graph, everywhere).values, *_branch_values(graph)])
+    for value in needed:
+        if value not in values:
+            raise EngineError(f"the exported model has no value for {value}: export each policy in full")
+    return values
+
+
+def _keeps_shape(graph: LayerGraph, node: Node) -> bool:
+    return node.shape == graph.node_by_name[node.inputs[0]].shape
+
+
+def _branch_values(graph: LayerGraph) -> list[str]:
+    return [value for branch in graph.branches for value in (branch.add, branch.stream, branch.branch)]
+
+
+def _anchors(
+    graph: LayerGraph, readers: Mapping[str, list[onnx.NodeProto]], initializers: Mapping[str, onnx.TensorProto]
+) -> dict[str, str]:
+    """Values that layers read and write, found by the layers' weights."""
+    values: dict[str, str] = {}
+    for layer in graph.layers:
+        users = readers.get(layer.weight, [])
+        if layer.weight not in initializers or len(users) != 1 or not _is_plain(users[0], layer.op, layer.weight):
+            raise EngineError(f"the exported model has no editable weight for {layer.name}: export each policy in full")
+        (source, *_) = graph.node_by_name[layer.node].inputs
+        for value, name in ((source, users[0].input[0]), (layer.node, users[0].output[0])):
+            if values.setdefault(value, name) != name:
+                raise EngineError(f"the exported model is not wired as {layer.name} was: export each policy in full")
+    return values
+
+
+def _is_plain(node: onnx.NodeProto, op: str, weight: str) -> bool:
+    """Whether the node is the layer itself, with output channels on the weight's first axis."""
+    if node.input[1] != weight:
+        return False
+    attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+    if op == "conv":
+        return node.op_type == "Conv"
+    defaults = {"alpha": 1.0, "beta": 1.0, "transA": 0}
+    unscaled = all(attributes.get(name, default) == default for name, default in defaults.items())
+    return node.op_type == "Gemm" and attributes.get("transB", 0) == 1 and unscaled
+
+
+def _find(
+    node: Node,
+    inputs: Sequence[str],
+    readers: Mapping[str, list[onnx.NodeProto]],
+    initializers: Mapping[str, onnx.TensorProto],
+) -> str | None:
+    """The value of the one ONNX operator that fits, the name deciding where several do."""
+    kinds = _OPERATORS.get(node.op)
+    if kinds is None:
+        return None
+    wanted = sorted(inputs)
+    fitting = [
+        reader.output[0]
+        for reader in readers.get(inputs[0], [])
+        if reader.op_type in kinds and sorted(v for v in reader.input if v and v not in initializers) == wanted
+    ]
+    if node.name in fitting:
+        return node.name
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def simplified(
+    nodes: Iterable[onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
+) -> Iterator[onnx.NodeProto]:
+    """Nodes in forms that engines know in int8: a mean over height and width is a GlobalAveragePool."""
+    for node in nodes:
+        attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
+        if node.op_type == "ReduceMean" and len(node.input) > 1 and node.input[1] in initializers:
+            axes = sorted(int(axis) for axis in numpy_helper.to_array(initializers[node.input[1]]))
+            if axes in ([2, 3], [-2, -1]) and attributes.get("keepdims", 1):
+                yield helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
+                continue
+        yield node

@@ -1,0 +1,296 @@
+"""From a policy to a typed ONNX model by editing one exported base model: no export inside a trial."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from autocomp.capabilities import Numerics
+from autocomp.engines.matching import match_values, simplified
+from autocomp.errors import EngineError
+from autocomp.graph import Layer, LayerGraph
+from autocomp.policy import Policy
+from autocomp.quantization import QuantParams, place, quantize_weight
+
+__all__ = ["Template", "emit", "load_template", "parse"]
+
+
+@dataclass(frozen=True)
+class Template:
+    """An exported model, parsed and simplified once.
+
+    Attributes:
+        graph: what was traced; policies refer to it.
+        model: the ONNX model without nodes and initializers (inputs, outputs, operator sets).
+        nodes: in topological order. Not to be changed.
+        initializers: by name. Not to be changed.
+        values: value name in ``graph`` -> value name in the ONNX model; a value that the exporter merged into
+            another operator has no entry.
+    """
+
+    graph: LayerGraph
+    model: onnx.ModelProto
+    nodes: tuple[onnx.NodeProto, ...]
+    initializers: Mapping[str, onnx.TensorProto]
+    values: Mapping[str, str]
+
+    @property
+    def output(self) -> str:
+        return str(self.model.graph.output[0].name)
+
+
+def parse(data: bytes) -> onnx.ModelProto:
+    """Read a serialized model.
+
+    Raises:
+        EngineError: these bytes are no ONNX model.
+    """
+    try:
+        model = onnx.load_model_from_string(data)
+    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
+        raise EngineError(f"this is no ONNX model ({_one_line(error)}): export it again") from error
+    if not model.graph.output:
+        raise EngineError("this is no ONNX model (it has no graph): export it again")
+    return model
+
+
+def load_template(onnx: bytes, graph: LayerGraph) -> Template:
+    """Parse the export of a traced model and find the graph's values in it.
+
+    Args:
+        onnx: exported with the parameters' own names as initializers.
+        graph: the trace that was exported.
+
+    Raises:
+        EngineError: naming the layer whose weight, or the value to be quantized that cannot be found; such a
+            model cannot be edited and needs a full export for each policy.
+    """
+    model = parse(onnx)
+    nodes = tuple(simplified(model.graph.node, {tensor.name: tensor for tensor in model.graph.initializer}))
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    values = match_values(graph, nodes, initializers, model.graph.output[0].name)
+    for node in nodes:
+        flat = next((name for name, value in values.items() if value == node.output[0]), None)
+        if node.op_type == "Reshape" and flat is not None and len(graph.node_by_name[flat].shape) == 1:
+            # The exporter wrote the number of features as a constant, which pruning changes; 0 copies the batch.
+            shape = numpy_helper.from_array(np.array([0, -1], np.int64), f"{node.name}_shape")
+            initializers[shape.name] = shape
+            node.input[1] = shape.name
+            del node.attribute[:]  # the exporter sets allowzero, which would mean a true 0
+            del node.attribute[:]  # allowzero would make the 0 a size
+    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
+    return Template(graph, model, nodes, initializers, values)
+
+
+def emit(
+    template: Template,
+    policy: Policy,
+    tensors: Mapping[str, NDArray[np.float32]],
+    params: Mapping[str, QuantParams],
+    numerics: Numerics,
+) -> bytes:
+    """The model under a policy, int8 written as typed Q/DQ pairs (ONNX operator set, QuantizeLinear).
+
+    Args:
+        template: of the uncompressed model.
+        policy: decides branches and precisions; the channels are those of ``tensors``.
+        tensors: parameter name -> float32 value before any rounding; those not given keep the template's value.
+        params: for each value of ``quantization.place(graph, policy)``.
+        numerics: of the engine: types of the codes and range of the weights. The bias stays float.
+
+    Raises:
+        EngineError: a tensor or value is unknown to the template, or a quantized value has no parameters.
+    """
+    writer = _Writer(template, policy, tensors, params, numerics)
+    model = onnx.ModelProto()
+    model.CopyFrom(template.model)
+    model.graph.node.extend(writer.nodes())
+    model.graph.initializer.extend(writer.initializers.values())
+    return bytes(model.SerializeToString())
+
+
+class _Writer:
+    """Collects the nodes and initializers of one emission."""
+
+    def __init__(
+        self,
+        template: Template,
+        policy: Policy,
+        tensors: Mapping[str, NDArray[np.float32]],
+        params: Mapping[str, QuantParams],
+        numerics: Numerics,
+    ) -> None:
+        graph = template.graph
+        self._template = template
+        self._tensors = tensors
+        self._numerics = numerics
+        self._codes_type = np.int8 if numerics.signed_activations else np.uint8
+        plan = place(graph, policy)
+        self._int8 = frozenset(plan.layers)
+        self._quantized: dict[str, QuantParams] = {}
+        for value in plan.values:
+            if value not in params:
+                raise EngineError(f"no quantization parameters for {value}: calibrate this policy again")
+            smallest, largest = numerics.activation_range
+            if not smallest <= params[value].zero_point <= largest:
+                raise EngineError(f"the parameters of {value} are not of this engine's int8: calibrate again for it")
+            self._quantized[self._onnx_name(value)] = params[value]
+        self._bypass = {}
+        for name in policy.dropped:
+            branch = graph.branch_by_name[name]
+            self._bypass[self._onnx_name(branch.add)] = self._onnx_name(branch.stream)
+        self._layer_by_output = {
+            self._onnx_name(layer.node): layer for layer in graph.layers if layer.node in template.values
+        }
+        known = {layer.bias for layer in graph.layers} | template.initializers.keys()
+        unknown = sorted(tensors.keys() - known)
+        if unknown:
+            raise EngineError(f"the exported model has no parameter {unknown[0]}: export this policy in full")
+        self.initializers: dict[str, onnx.TensorProto] = {}
+
+    def nodes(self) -> Iterator[onnx.NodeProto]:
+        """The live nodes in topological order, Q/DQ pairs behind the values that are quantized."""
+        output = self._template.output
+        first = self._template.graph.nodes[0].name
+        if first in self._template.values:
+            yield from self._pair(self._onnx_name(first))
+        for original in self._live():
+            node = onnx.NodeProto()
+            node.CopyFrom(original)
+            layer = self._layer_by_output.get(node.output[0])
+            for position, value in enumerate(original.input):
+                node.input[position] = self._read(value)
+            if node.output[0] == output and output in self._quantized:
+                node.output[0] = f"{output}_float"  # the pair's own output takes the model's output name
+            for written in [node] if layer is None else self._layer(node, layer):
+                for value in written.input:
+                    self._keep(value)
+                yield written
+            for value in original.output:
+                yield from self._pair(value)
+        if output in self._bypass:
+            yield helper.make_node("Identity", [self._read(output)], [output], name="node_output")
+
+    def _onnx_name(self, value: str) -> str:
+        try:
+            return self._template.values[value]
+        except KeyError:
+            raise EngineError(f"the exported model has no value for {value}: export this policy in full") from None
+
+    def _resolve(self, value: str) -> str:
+        while value in self._bypass:
+            value = self._bypass[value]
+        return value
+
+    def _read(self, value: str) -> str:
+        """The name under which readers find a value of the template."""
+        value = self._resolve(value)
+        if value not in self._quantized or value == self._template.output:
+            return value
+        return f"{value}_dq"
+
+    def _live(self) -> list[onnx.NodeProto]:
+        """Nodes the output still depends on, bypassed additions left out."""
+        needed = {self._resolve(self._template.output)}
+        live = []
+        for node in reversed(self._template.nodes):
+            if any(value in needed for value in node.output):
+                live.append(node)
+                needed.update(self._resolve(value) for value in node.input)
+        return live[::-1]
+
+    def _layer(self, node: onnx.NodeProto, layer: Layer) -> Iterator[onnx.NodeProto]:
+        """The layer's node with its weight and bias, an int8 weight as codes and a DequantizeLinear before it."""
+        weight = self._tensors.get(layer.weight)
+        if weight is None:
+            weight = numpy_helper.to_array(self._template.initializers[layer.weight])
+        group = weight.shape[0] if layer.depthwise else layer.groups
+        if layer.groups > 1:
+            next(entry for entry in node.attribute if entry.name == "group").i = group
+        if layer.bias in self._tensors and len(node.input) < 3:
+            node.input.append(layer.bias)
+        if layer.name not in self._int8:
+            yield from self._float_input(node, layer, weight.shape[1] * group)
+            yield node
+            return
+        codes, scale = quantize_weight(weight, self._numerics)
+        product = layer.op == "linear" and not self._writes_codes(layer)
+        names = [f"{layer.weight}_{part}" for part in ("codes", "scale", "zero_point")]
+        stored = np.ascontiguousarray(codes.T) if product else codes
+        arrays: tuple[NDArray[Any], ...] = (stored, scale, np.zeros(len(scale), np.int8))
+        for name, array in zip(names, arrays, strict=True):
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        node.input[1] = f"{layer.weight}_dq"
+        axis = 1 if product else 0
+        yield helper.make_node("DequantizeLinear", names, [node.input[1]], name=node.input[1], axis=axis)
+        if not product:
+            yield node
+            return
+        # A Gemm with a float result needs an int32 bias to run as int8; a product does not. It is a Sum because
+        # ONNX Runtime would join a MatMul and an Add to a Gemm again, and run that in float.
+        result = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
+        yield helper.make_node("MatMul", node.input[:2], [result], name=node.name)
+        if len(node.input) > 2:
+            yield helper.make_node("Sum", [result, node.input[2]], node.output, name=f"{node.name}_bias")
+
+    def _float_input(self, node: onnx.NodeProto, layer: Layer, channels: int) -> Iterator[onnx.NodeProto]:
+        """Dequantize a float layer's input for it alone, with the one scale repeated for each channel.
+
+        ONNX Runtime takes a float layer between a per-tensor DequantizeLinear and a QuantizeLinear for one that
+        someone forgot to quantize, and rounds its weights to int8 by itself.
+        """
+        value = node.input[0].removesuffix("_dq")
+        if value not in self._quantized:
+            return
+        params = self._quantized[value]
+        names = [f"{layer.weight}_input_{part}" for part in ("scale", "zero_point")]
+        arrays: tuple[NDArray[Any], ...] = (
+            np.full(channels, params.scale, np.float32),
+            np.full(channels, params.zero_point, self._codes_type),
+        )
+        for name, array in zip(names, arrays, strict=True):
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        node.input[0] = f"{layer.weight}_input_dq"
+        inputs = [f"{value}_q", *names]
+        yield helper.make_node("DequantizeLinear", inputs, [node.input[0]], name=node.input[0], axis=1)
+
+    def _writes_codes(self, layer: Layer) -> bool:
+        """Whether a linear layer's result is quantized, behind a fused activation or at once."""
+        graph = self._template.graph
+        values = [layer.node, *graph.consumers[layer.node]]
+        return any(self._template.values.get(value) in self._quantized for value in values)
+
+    def _keep(self, value: str) -> None:
+        """Carry an initializer over: from ``tensors`` where given, else from the template."""
+        if value in self.initializers:
+            return
+        if value in self._tensors:
+            array = np.ascontiguousarray(self._tensors[value], dtype=np.float32)
+            self.initializers[value] = numpy_helper.from_array(array, value)
+        elif value in self._template.initializers:
+            self.initializers[value] = self._template.initializers[value]
+
+    def _pair(self, value: str) -> Iterator[onnx.NodeProto]:
+        """QuantizeLinear and DequantizeLinear behind a quantized value."""
+        if value not in self._quantized:
+            return
+        params = self._quantized[value]
+        # Equal parameters share their tensors: engines see by that which operators may pass codes on unchanged.
+        suffix = f"{params.scale!r}_{params.zero_point}"
+        scale, zero_point = f"scale_{suffix}", f"zero_point_{suffix}"
+        self.initializers[scale] = numpy_helper.from_array(np.array(params.scale, np.float32), scale)
+        self.initializers[zero_point] = numpy_helper.from_array(
+            np.array(params.zero_point, self._codes_type), zero_point
+        )
+        is_output = value == self._template.output
+        source, result = (f"{value}_float", value) if is_output else (value, f"{value}_dq")
+        yield helper.make_node("QuantizeLinear", [source, scale, zero_point], [f"{value}_q"], name=f"{value}_q")
+        yield helper.make_node("DequantizeLinear", [f"{value}_q", scale, zero_point], [result], name=f"{value}_dq")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

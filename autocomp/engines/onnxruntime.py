@@ -1,0 +1,186 @@
+"""ONNX Runtime on the CPU: the embedded default engine."""
+
+import os
+import platform
+import re
+import time
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
+from autocomp.engines.backends import BackendSpec
+from autocomp.engines.onnx_graph import parse
+from autocomp.errors import ConfigError, EngineError
+from autocomp.policy import FP32, INT8
+
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
+
+_FAILURES: tuple[type[Exception], ...] = (
+    state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+    state.ModelLoaded, state.NoModel, state.NoSuchFile, state.NotImplemented, state.RuntimeException,
+    RuntimeError, ValueError,
+)  # fmt: skip
+_SILENT = 4  # only fatal messages
+# Instruction sets that decide how fast, and how exactly, 8-bit products are computed.
+_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+_EXACT = frozenset({"avx_vnni", "avx512_vnni", "asimddp"})
+
+
+class OnnxRuntimeBackend:
+    """Builds engines for the CPU execution provider, all optimizations on, one run at a time."""
+
+    name = "onnxruntime"
+    measures = True
+
+    def __init__(self, spec: BackendSpec) -> None:
+        """Raises: ConfigError for a hardware name: this backend runs where it is."""
+        if spec.hardware is not None:
+            raise ConfigError(f"onnxruntime runs on this machine, not on {spec.hardware!r}: leave the hardware out")
+        self.batch = spec.batch
+        self._threads = spec.threads
+
+    @property
+    def device(self) -> DeviceInfo:
+        model, flags = _processor()
+        details = (("cpu", model), ("instructions", " ".join(flags)), ("cpus", str(os.cpu_count())))
+        slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", model.lower())).strip("-")
+        return DeviceInfo(f"{slug}-{self._threads}t", f"onnxruntime {ort.__version__}", self._threads, details)
+
+    def capabilities(self) -> Capabilities:
+        # Without 8-bit dot products x86 adds pairs of products in 16 bits: larger weight codes would saturate.
+        weight_max = 127 if _EXACT.intersection(_processor()[1]) else 63
+        numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max)
+        return Capabilities(precisions=(FP32, INT8), channel_multiple=8, numerics=numerics)
+
+    def build(self, onnx: bytes) -> "OnnxRuntimeEngine":
+        return OnnxRuntimeEngine(onnx, self.batch, self._threads)
+
+    def optimized(self, onnx: bytes, path: Path) -> bytes:
+        """The graph the runtime really executes, also written to ``path``.
+
+        Raises:
+            EngineError: the runtime refused the model.
+        """
+        options = session_options(self._threads)
+        options.optimized_model_filepath = str(path)
+        _session(onnx, options)
+        return path.read_bytes()
+
+
+class OnnxRuntimeEngine:
+    """One session; see `autocomp.protocols.Engine`."""
+
+    def __init__(self, onnx: bytes, batch: int, threads: int, options: ort.SessionOptions | None = None) -> None:
+        """Raises: EngineError: no ONNX model, refused by the runtime, or of another batch size or interface."""
+        parse(onnx)  # a clearer error than the runtime's
+        self._session: Any = _session(onnx, options or session_options(threads))
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) < 2:
+            raise EngineError("the model must read one float32 tensor and return one: export it so")
+        fixed, *shape = inputs[0].shape
+        if isinstance(fixed, int) and fixed != batch:
+            raise EngineError(f"the model has batch {fixed}, not {batch}: give --batch {fixed} or free that axis")
+        if not all(isinstance(size, int) for size in shape):
+            raise EngineError(f"the model's input shape {shape} is not fixed: export it with fixed sizes")
+        self._shape = tuple(shape)
+        self._batch = batch
+        self._input, self._output = inputs[0].name, outputs[0].name
+        images = np.random.default_rng(0).standard_normal((batch, *self._shape)).astype(np.float32)
+        self._binding = self._session.io_binding()
+        self._images = ort.OrtValue.ortvalue_from_numpy(images)
+        self._binding.bind_ortvalue_input(self._input, self._images)
+        try:
+            first = self._session.run([self._output], {self._input: images})[0]
+        except _FAILURES as error:
+            raise EngineError(f"onnxruntime cannot run the model: {one_line(error)}") from error
+        self._logits = ort.OrtValue.ortvalue_from_numpy(first)
+        self._binding.bind_ortvalue_output(self._output, self._logits)
+
+    def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of any number of images; the last batch is filled up with zeros, whose results are dropped."""
+        if images.ndim != len(self._shape) + 1 or images.shape[1:] != self._shape:
+            raise EngineError(f"the engine reads images of shape {self._shape}, not {images.shape[1:]}: check the data")
+        results = []
+        for start in range(0, len(images), self._batch):
+            part = np.ascontiguousarray(images[start : start + self._batch], dtype=np.float32)
+            count = len(part)
+            if count < self._batch:
+                part = np.concatenate([part, np.zeros((self._batch - count, *self._shape), np.float32)])
+            try:
+                results.append(self._open().run([self._output], {self._input: part})[0][:count])
+            except _FAILURES as error:
+                raise EngineError(f"onnxruntime failed while running: {one_line(error)}") from error
+        if not results:
+            return np.empty((0, *self._logits.shape()[1:]), np.float32)
+        return np.concatenate(results)
+
+    def time(self, repeats: int) -> NDArray[np.float64]:
+        """Durations in ms on fixed random images; inputs and outputs stay bound, so nothing is copied."""
+        session, binding = self._open(), self._binding
+        times = np.empty(repeats)
+        try:
+            for index in range(repeats):
+                start = time.perf_counter_ns()
+                session.run_with_iobinding(binding)
+                times[index] = time.perf_counter_ns() - start
+        except _FAILURES as error:
+            raise EngineError(f"onnxruntime failed while timing: {one_line(error)}") from error
+        return times / 1e6
+
+    def _open(self) -> Any:
+        if self._session is None:
+            raise EngineError("this engine was closed: build it again")
+        return self._session
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session = self._binding = self._images = None
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Sequential execution with all optimizations, silent."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _SILENT
+    return options
+
+
+def one_line(error: Exception) -> str:
+    """A runtime's message without its error code and source lines."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    return re.sub(r"\S*/onnxruntime/\S+\s", "", text)[:300] or type(error).__name__
+
+
+def _session(onnx: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    try:
+        return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    except _FAILURES as error:
+        raise EngineError(f"onnxruntime cannot build the model: {one_line(error)}") from error
+
+
+@cache
+def _processor() -> tuple[str, tuple[str, ...]]:
+    """Name of the processor and those of its instruction sets that matter to int8."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        model = platform.processor() or platform.machine()
+        return model, ("asimddp",) if platform.machine() == "arm64" else ()
+    names = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    present = frozenset(flags[1].split()) if flags else frozenset[str]()
+    return names[1].strip() if names else platform.machine(), tuple(name for name in _SETS if name in present)

@@ -1,0 +1,174 @@
+"""The terminal: one live line while a search runs, a table at its end."""
+
+from time import monotonic
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from autocomp.outcome import Event, Note, Phase, SearchResult, Stage, TrialDone
+from autocomp.report.tables import (
+    ContenderRow,
+    contender_rows,
+    duration,
+    milliseconds,
+    percent,
+    significant,
+    statistic,
+    verdict,
+)
+from autocomp.results import LatencyEstimate, TrialResult
+
+__all__ = ["LiveScreen", "print_estimate", "print_result"]
+
+ESTIMATE = "predicted, an estimate"
+
+
+class LiveScreen:
+    """An observer that shows where a search stands; a context manager.
+
+    On a terminal one line is redrawn in place, and notes and finished phases scroll by above it. Elsewhere only
+    those lines are written, and about ten a phase on its way.
+
+    Args:
+        console: where to draw.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._phase: Phase | None = None
+        self._begun = monotonic()
+        self._done = 0
+        self._stage: Stage | None = None
+        self._best: dict[str, TrialResult] = {}
+        # Drawn on events only: a thread that redraws by the clock would disturb what is being timed.
+        self._live = Live(console=console, get_renderable=self._line, auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._end_phase()
+        self._live.stop()
+
+    def __call__(self, event: Event) -> None:
+        match event:
+            case Phase():
+                self._end_phase()
+                self._phase, self._begun, self._done, self._stage = event, monotonic(), 0, None
+            case Stage():
+                self._stage = event
+            case TrialDone(result):
+                self._count(result)
+            case Note(text):
+                self._print(f"note: {text}")
+        if self._live.is_started:
+            self._live.refresh()
+
+    def _count(self, result: TrialResult) -> None:
+        self._done += 1
+        best = self._best.get(result.role)
+        if result.feasible and (best is None or _rank(result) < _rank(best)):
+            self._best[result.role] = result
+        total = self._phase.total if self._phase else None
+        if not self._console.is_terminal and total and self._done < total and self._done % max(total // 10, 1) == 0:
+            self._print(self._line().plain)
+
+    def _end_phase(self) -> None:
+        if self._phase is None:
+            return
+        counted = f"{self._done} trial{'s' * (self._done != 1)} in " if self._done else ""
+        best = self._best.get(self._phase.name)
+        found = f"; best {_found(best)}" if best and self._done else ""
+        self._print(f"{self._phase.name}: {counted}{duration(monotonic() - self._begun)}{found}")
+        self._phase = None
+
+    def _line(self) -> Text:
+        """Most important first: a narrow terminal cuts off the end."""
+        if self._phase is None:
+            return Text("starting", no_wrap=True, overflow="ellipsis")
+        name, total = self._phase.name, self._phase.total
+        parts = [f"{name} {self._done}/{total}" if total else name]
+        if total and 0 < self._done < total:
+            left = (monotonic() - self._begun) / self._done * (total - self._done)
+            parts[0] += f", {duration(left)} left"
+        best = self._best.get(name) or self._best.get("search")
+        if best is not None:
+            parts.append(f"best {_found(best)}")
+        if self._stage is not None:
+            role = f" ({self._stage.role})" if self._stage.role != name else ""
+            parts.append(f"trial {self._stage.number}{role}: {self._stage.name}")
+        return Text(" | ".join(parts), no_wrap=True, overflow="ellipsis")
+
+    def _print(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def print_result(result: SearchResult, console: Console) -> None:
+    """Print the closing table, the verdict, and what the user should know. Fits 80 columns."""
+    rows = contender_rows(result)
+    title = ESTIMATE if result.predicted else None
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title, title_justify="left")
+    headings = (f"latency\n{statistic(result)}, ms", "ratio\n", "accuracy\ntest", "change\npoints", "MACs\nsize")
+    table.add_column("", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, justify="right")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in _cells(row)))
+    console.print()
+    console.print(table)
+    console.print()
+    style = "bold green" if result.verified else "bold yellow"
+    console.print(Text(verdict(result), style=style))
+    for row in rows:
+        if row.note and row.note not in verdict(result):
+            console.print(Text(f"{row.label}: {row.note}"))
+    for note in result.notes:
+        console.print(Text(f"note: {note}"))
+    counts = ", ".join(f"{count} {role}" for role, count in result.trials.items())
+    console.print(Text(f"{sum(result.trials.values())} evaluations ({counts}) in {duration(result.seconds)}"))
+    console.print(Text(f"run folder: {result.run}"), soft_wrap=True)
+
+
+def print_estimate(estimate: LatencyEstimate, console: Console, *, predicted: bool, compared: bool) -> None:
+    """Print one measured latency, and with ``compared`` how it stands to the reference."""
+    label = f"{estimate.statistic}{f' ({ESTIMATE})' if predicted else ''}"
+    lines = [f"latency {label}: {milliseconds(estimate.latency_ms).line} ms"]
+    if compared:
+        ratio = estimate.ratio
+        lines.append(f"reference: {milliseconds(estimate.reference_ms).line} ms")
+        lines.append(f"ratio: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    lines.append(f"runs: {estimate.samples}, blocks rejected for drift: {estimate.rejected}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _cells(row: ContenderRow) -> tuple[str, ...]:
+    """Each cell has a second line, for bounds and the like: the table then fits a narrow terminal."""
+    numbers = (row.latency_ms, row.ratio, row.change)
+    latency, ratio, change = (f"{number.value}\n{number.bounds}" for number in numbers)
+    return f"{row.label}\n{row.state}", latency, ratio, row.accuracy, change, f"{row.macs}\n{row.size}"
+
+
+def _rank(result: TrialResult) -> float:
+    """What the search minimises, of a scored trial."""
+    return float("inf") if result.objective is None else result.objective
+
+
+def _found(result: TrialResult) -> str:
+    parts = []
+    if result.ratio is not None:
+        parts.append(f"{result.ratio:.3f}x")
+    if result.score is not None:
+        if result.score.accuracy is not None:
+            parts.append(f"search accuracy {percent(result.score.accuracy)}")
+        parts.append(f"divergence {significant(result.score.divergence, 3)}")
+    return ", ".join(parts)

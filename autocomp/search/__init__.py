@@ -1,0 +1,53 @@
+"""Controllers: they choose which policies a study tries next. Optuna is imported when one of its samplers is asked for.
+
+Whatever the controller, the same results told in the same order (in whatever portions) lead to the same wave, so a
+study is resumed by telling its history again. No policy is proposed twice, nor one that was told already; a wave
+shorter than asked for means that there is no other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+
+from autocomp.errors import ConfigError
+from autocomp.policy import Policy
+from autocomp.protocols import Controller
+from autocomp.search.initial import warm_start
+from autocomp.search.random import RandomController
+from autocomp.space import PolicySpace
+
+__all__ = ["CONTROLLERS", "make_controller", "warm_start"]
+
+Factory = Callable[[PolicySpace, int, Sequence[Policy]], Controller]
+
+
+def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.search.samplers import TPE, SamplerController
+
+    return SamplerController(space, seed, initial, TPE)
+
+
+def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.search.samplers import NSGA2, SamplerController
+
+    return SamplerController(space, seed, initial, NSGA2)
+
+
+CONTROLLERS: Mapping[str, Factory] = MappingProxyType({"random": RandomController, "tpe": _tpe, "nsga2": _nsga2})
+
+
+def make_controller(name: str, space: PolicySpace, seed: int, initial: Sequence[Policy] = ()) -> Controller:
+    """A controller by name.
+
+    Args:
+        name: a key of `CONTROLLERS`.
+        space: what it may propose.
+        seed: of all its draws.
+        initial: policies proposed before its own, in this order.
+
+    Raises:
+        ConfigError: an unknown name.
+        SpaceError: an initial policy lies outside the space.
+    """
+    if name not in CONTROLLERS:
+        raise ConfigError(f"unknown controller {name!r}: use one of {', '.join(CONTROLLERS)}")
+    return CONTROLLERS[name](space, seed, initial)

@@ -1,0 +1,160 @@
+"""What every controller must do, whatever it learns."""
+
+from dataclasses import replace
+
+import pytest
+
+from autocomp.errors import ConfigError, SpaceError
+from autocomp.policy import INT8, Policy
+from autocomp.protocols import Controller
+from autocomp.results import TrialResult
+from autocomp.search import CONTROLLERS, make_controller, warm_start
+from autocomp.space import PolicySpace
+from tests.search.problem import Problem, policy_space
+
+TRIALS = 48  # more than two generations of NSGA-II and well past TPE's random start
+
+
+@pytest.fixture(scope="module")
+def problem() -> Problem:
+    return Problem.drawn(policy_space(blocks=2), seed=3, limit=0.8)
+
+
+@pytest.fixture(scope="module")
+def space(problem: Problem) -> PolicySpace:
+    return problem.space
+
+
+@pytest.fixture(params=sorted(CONTROLLERS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def policies(results: list[TrialResult]) -> list[Policy]:
+    return [result.policy for result in results]
+
+
+def test_the_protocol_is_met(name: str, space: PolicySpace) -> None:
+    assert isinstance(make_controller(name, space, 0), Controller)
+
+
+def test_equal_seeds_propose_the_same_and_others_do_not(name: str, problem: Problem) -> None:
+    first, again, other = (
+        policies(problem.search(make_controller(name, problem.space, seed), TRIALS)) for seed in (1, 1, 2)
+    )
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_told_history_leads_to_the_wave_of_the_uninterrupted_search(
+    name: str, problem: Problem, at_once: bool
+) -> None:
+    initial = warm_start(problem.space, 6)
+    whole = problem.search(make_controller(name, problem.space, 5, initial), TRIALS)
+    for done in (0, 4, 8, 24, 44):
+        resumed = make_controller(name, problem.space, 5, initial)
+        if at_once:
+            resumed.tell(whole[:done])
+        else:
+            for result in whole[:done]:
+                resumed.tell([result])
+        assert resumed.ask(4) == policies(whole[done : done + 4])
+
+
+def test_a_search_asked_again_from_the_start_repeats_itself(name: str, problem: Problem) -> None:
+    """As a study does that goes on after a kill: the same questions, the same answers."""
+    whole = problem.search(make_controller(name, problem.space, 5), TRIALS)
+    again = make_controller(name, problem.space, 5)
+    for start in range(0, TRIALS, 4):
+        assert again.ask(4) == policies(whole[start : start + 4])
+        again.tell(whole[start : start + 4])
+
+
+def test_only_legal_normalised_and_new_policies(name: str, problem: Problem) -> None:
+    found = policies(problem.search(make_controller(name, problem.space, 0, warm_start(problem.space, 5)), TRIALS))
+    assert len(found) == TRIALS
+    assert all(problem.space.contains(policy) for policy in found)
+    assert all(problem.space.graph.normalise(policy) == policy for policy in found)
+    assert len(set(found)) == TRIALS
+
+
+def test_initial_policies_come_first_in_order(name: str, space: PolicySpace) -> None:
+    initial = warm_start(space, 5)
+    controller = make_controller(name, space, 0, (*initial, initial[0]))
+    assert controller.ask(3) == list(initial[:3])
+    wave = controller.ask(4)
+    assert wave[:2] == list(initial[3:])
+    assert len(wave) == 4 and not set(wave) & set(initial[:3])
+
+
+def test_initial_policies_told_already_are_left_out(name: str, problem: Problem) -> None:
+    initial = warm_start(problem.space, 3)
+    controller = make_controller(name, problem.space, 0, initial)
+    controller.tell([problem.result(0, initial[1])])
+    assert controller.ask(2) == [initial[0], initial[2]]
+
+
+def test_an_initial_policy_outside_the_space_is_refused(name: str, space: PolicySpace) -> None:
+    with pytest.raises(SpaceError):
+        make_controller(name, space, 0, [Policy(kept={"blocks.0.a": 15})])
+
+
+def test_failures_and_infeasible_trials_are_survived(name: str, problem: Problem) -> None:
+    controller = make_controller(name, problem.space, 0)
+    for number in range(0, 32, 4):
+        wave = controller.ask(4)
+        told = [problem.result(number + place, policy) for place, policy in enumerate(wave)]
+        told[0] = TrialResult(number, "search", wave[0], "failed", error="the runtime refused it", stage="build")
+        told[1] = TrialResult(number + 1, "search", wave[1], "infeasible", (0.5,), latency_ms=1.0, reference_ms=1.0)
+        told[2] = replace(told[2], violations=(float("nan"),))
+        controller.tell(told)
+    assert len(controller.ask(4)) == 4
+
+
+def test_results_of_policies_it_never_asked_for_are_accepted(name: str, problem: Problem) -> None:
+    controller = make_controller(name, problem.space, 0)
+    foreign = [problem.result(number, policy) for number, policy in enumerate(problem.space.uniform())]
+    outside = TrialResult(99, "uniform", Policy(kept={"blocks.0.a": 15}), "infeasible", (0.1,))
+    controller.tell([*foreign, outside])
+    wave = controller.ask(8)
+    assert len(wave) == 8 and not set(wave) & set(problem.space.uniform())
+
+
+def test_waves_asked_before_results_are_in_do_not_repeat(name: str, space: PolicySpace) -> None:
+    controller = make_controller(name, space, 0)
+    asked = [policy for _ in range(5) for policy in controller.ask(4)]
+    assert len(set(asked)) == 20
+
+
+def test_an_exhausted_space_ends_with_an_empty_wave(name: str) -> None:
+    space = policy_space(blocks=1, kept=(0.5,))
+    problem = Problem.drawn(space, seed=0, limit=1.0)
+    # without the branch 2 precisions are left (stem and head); with it also the group and two more layers
+    distinct = 2**2 + 2 * 2**4
+    results = problem.search(make_controller(name, space, 0), 1000, wave=8)
+    assert len(set(policies(results))) == len(results) == distinct
+    assert make_controller(name, space, 0, policies(results)).ask(distinct + 5) == policies(results)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(space: PolicySpace) -> None:
+    with pytest.raises(ConfigError, match="bayes.*random.*tpe.*nsga2"):
+        make_controller("bayes", space, 0)
+
+
+def test_a_speed_search_follows_the_objective_it_is_told() -> None:
+    """The objective need not be the divergence: here fewer int8 layers are better, whatever the score says."""
+    space = policy_space(blocks=3, kept=(1.0,), drop_branches=False)
+    problem = Problem.drawn(space, seed=0, limit=1.0)
+    controller = make_controller("tpe", space, 0)
+    results: list[TrialResult] = []
+    for _ in range(15):
+        wave = controller.ask(4)
+        told = [
+            replace(problem.result(0, policy), objective=float(list(policy.precisions.values()).count(INT8)))
+            for policy in wave
+        ]
+        controller.tell(told)
+        results += told
+    start, end = results[:12], results[-12:]
+    assert sum(r.objective or 0 for r in end) < 0.6 * sum(r.objective or 0 for r in start)

@@ -1,0 +1,45 @@
+"""Networks that several tests of the engines share."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from autocomp.engines import Template, emit, load_template
+from autocomp.policy import Policy
+from tests.engines.nets import VNNI, Net, resnet
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network with its template and some images to calibrate and run on."""
+
+    net: Net
+    template: Template
+    images: NDArray[np.float32]
+
+    def emit(self, policy: Policy) -> bytes:
+        tensors = self.net.sliced(policy)
+        return emit(self.template, policy, tensors, self.net.params(self.images, tensors, policy), VNNI)
+
+    def expected(self, policy: Policy) -> NDArray[np.float32]:
+        """Logits of the fake-quantized torch evaluation."""
+        tensors = self.net.sliced(policy)
+        params = self.net.params(self.images, tensors, policy)
+        return self.net.values(self.images, tensors, policy, params)[self.net.graph.output]
+
+
+def case(net: Net, images: int = 8) -> Case:
+    draw = np.random.default_rng(5).standard_normal((images, *net.input_shape)).astype(np.float32)
+    return Case(net, load_template(net.onnx, net.graph), draw)
+
+
+@pytest.fixture(scope="session")
+def resnet20() -> Case:
+    return case(resnet(depth=20, size=16))
+
+
+@pytest.fixture(scope="session")
+def resnet8() -> Case:
+    return case(resnet(depth=8, width=8, size=8))
