@@ -35,7 +35,11 @@ def cifar10(folder: Path) -> Path:
 def machine() -> dict[str, Any]:
     """What a figure was taken on."""
     cpu = next(
-        (line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     flags = Path("/proc/cpuinfo").read_text()

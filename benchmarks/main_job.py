@@ -65,13 +65,19 @@ def describe(title: str, found: dict[str, Any]) -> None:
                 f"{timing['latency_ms']['value']:.2f} [{timing['latency_ms']['low']:.2f}, {timing['latency_ms']['high']:.2f}]",
                 f"{timing['ratio']['value']:.3f} [{timing['ratio']['low']:.3f}, {timing['ratio']['high']:.3f}]",
                 f"{100 * accuracy['test']:.2f}",
-                "-" if delta is None else f"{100 * delta['value']:+.2f} [{100 * delta['low']:+.2f}, {100 * delta['high']:+.2f}]",
+                "-"
+                if delta is None
+                else f"{100 * delta['value']:+.2f} [{100 * delta['low']:+.2f}, {100 * delta['high']:+.2f}]",
                 f"{row['macs'] / 1e6:.1f}",
                 f"{row['size_bytes'] / 1e6:.3f}",
             ]
         )
     columns = ["", "latency ms", "ratio", "test top-1 %", "vs. reference", "MMACs", "MB"]
-    show(f"{title}: {found['wall_s']} s, {found['peak_rss_bytes'] / 1e9:.2f} GB, verified {found['result']['verified']}", columns, rows)
+    show(
+        f"{title}: {found['wall_s']} s, {found['peak_rss_bytes'] / 1e9:.2f} GB, verified {found['result']['verified']}",
+        columns,
+        rows,
+    )
 
 
 def cifar_config(data: Path) -> SearchConfig:

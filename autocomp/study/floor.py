@@ -21,13 +21,14 @@ SLACK = 1.05
 
 
 def _extremes(bench: Workbench) -> list[Policy]:
-    """The most compressed policies of the space: every uniform one, and again without any removable branch."""
-    uniform = bench.space.uniform()
-    droppable = [
-        Policy(policy.kept, frozenset(bench.traced.graph.branch_by_name), policy.precisions) for policy in uniform
+    """Policies likely to be fastest, most compressed first: every uniform one, with all branches and with none."""
+    every = frozenset(bench.traced.graph.branch_by_name)
+    policies = [
+        bench.traced.graph.normalise(Policy(policy.kept, dropped, policy.precisions))
+        for policy in reversed(bench.space.uniform())
+        for dropped in (frozenset[str](), every)
     ]
-    normalised = [bench.traced.graph.normalise(policy) for policy in (*uniform, *droppable)]
-    return [policy for policy in dict.fromkeys(normalised) if bench.space.contains(policy)]
+    return [policy for policy in dict.fromkeys(policies) if bench.space.contains(policy)]
 
 
 def probe_floor(bench: Workbench, trials: Trials, observer: Observer) -> None:

@@ -1,0 +1,103 @@
+"""Budgets as limits, and finalists: a fixed order, at most K, never asked twice."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autocomp.budget import parse_budgets
+from autocomp.engines import BackendSpec
+from autocomp.policy import Policy
+from autocomp.results import Interval, LatencyEstimate, Score, TrialResult
+from autocomp.study import verify
+from autocomp.study.run import Manifest, Run
+from autocomp.study.trial import Limits
+from autocomp.study.verify import Finalist, Verdict, statistics_of, verification_protocol, verify_role
+
+BUDGETS = parse_budgets(["15ms", "p95:0.5x", "20MMACs", "0.25xMB"])
+
+
+def limits(goal: str = "accuracy") -> Limits:
+    return Limits(BUDGETS, {"p50": 20.0, "p95": 30.0}, 40_000_000, 1_000_000, goal, accuracy=0.9)  # type: ignore[arg-type]
+
+
+def test_violations_are_value_over_limit_minus_one() -> None:
+    found = limits().violations(ratio=0.6, macs=30_000_000, size_bytes=200_000)
+    assert found == pytest.approx((0.6 * 20 / 15 - 1, 0.6 / 0.5 - 1, 30 / 20 - 1, 0.2 / 0.25 - 1))
+
+
+def test_speed_constrains_accuracy_to_one_point_and_minimises_latency() -> None:
+    speed = limits("speed")
+    assert speed.objective(Score(0.3, 0.8, 10), ratio=0.7) == 0.7
+    assert limits().objective(Score(0.3, 0.8, 10), ratio=0.7) == 0.3
+    within, beyond = speed.loss(Score(0.3, 0.895, 10)), speed.loss(Score(0.3, 0.88, 10))
+    assert within == pytest.approx((-0.5,)) and beyond == pytest.approx((1.0,))
+    assert limits().loss(Score(0.3, 0.1, 10)) == ()
+
+
+@pytest.mark.parametrize(("statistic", "samples"), [("p50", 30), ("p95", 200), ("p99", 1000)])
+def test_the_protocol_takes_the_samples_that_the_statistic_asks_for(statistic: str, samples: int) -> None:
+    protocol = verification_protocol((statistic,))
+    assert protocol.builds >= 3
+    assert protocol.builds * protocol.blocks * protocol.min_repeats >= samples
+
+
+def test_statistics_come_from_the_latency_budgets() -> None:
+    assert statistics_of(BUDGETS) == ("p50", "p95")
+    assert statistics_of(parse_budgets(["4MB"])) == ("p50",)
+
+
+def finalist(number: int) -> Finalist:
+    policy = Policy({"g": number + 1})
+    return Finalist(TrialResult(number, "search", policy, "ok", (-0.1,), 0.1, macs=5), Score(0.1, 0.9, 10))
+
+
+def verdict(admitted: bool) -> Verdict:
+    one = Interval(1.0, 0.9, 1.1)
+    return Verdict(admitted, LatencyEstimate("p50", one, one, one, 100), 77, None if admitted else "too slow")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    with Run.create(tmp_path / "run", Manifest("0.1.0", {}, [], {}, {}, {})) as opened:
+        yield opened
+
+
+@pytest.fixture
+def ask(monkeypatch: pytest.MonkeyPatch, run: Run) -> Any:
+    """Verify finalists against scripted measurements; returns the winner and who was measured."""
+
+    def go(script: list[bool], attempts: int, count: int = 5) -> tuple[int | None, bool | None, list[int]]:
+        measured: list[int] = []
+
+        def admit(onnx: bytes, *_: object) -> Verdict:
+            measured.append(int(onnx))
+            return verdict(script[int(onnx)])
+
+        monkeypatch.setattr(verify, "admit", admit)
+        emitter = SimpleNamespace(compress=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
+        trials: Any = SimpleNamespace(emitter=emitter, limits=limits())
+        finalists = [finalist(number) for number in range(count)]
+        found = verify_role(run, trials, finalists, b"", BackendSpec(), attempts, lambda event: None)
+        return (None, None, measured) if found is None else (found[0].trial.number, found[1].admitted, measured)
+
+    return go
+
+
+def test_the_first_admitted_finalist_wins_and_no_later_one_is_measured(ask: Any) -> None:
+    assert ask([False, True, True, True, True], attempts=3) == (1, True, [0, 1])
+
+
+def test_at_most_k_finalists_are_measured(ask: Any) -> None:
+    assert ask([False, False, False, True, True], attempts=3) == (2, False, [0, 1, 2])
+
+
+def test_a_finalist_that_failed_is_not_measured_again_until_it_passes(ask: Any) -> None:
+    assert ask([False, False, False, False, False], attempts=2) == (1, False, [0, 1])
+    assert ask([True, True, True, True, True], attempts=2) == (1, False, [])
+
+
+def test_no_finalist_no_winner(ask: Any) -> None:
+    assert ask([], attempts=3, count=0) == (None, None, [])
