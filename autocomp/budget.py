@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from autocomp.errors import BudgetError
 
@@ -41,6 +41,10 @@ class Budget:
     statistic: Statistic | None = None
 
     def __post_init__(self) -> None:
+        if self.metric not in get_args(Metric):
+            raise BudgetError(f"unknown metric {self.metric!r} in a budget: use {', '.join(get_args(Metric))}")
+        if self.statistic is not None and self.statistic not in get_args(Statistic):
+            raise BudgetError(f"unknown statistic {self.statistic!r} in a budget: use {', '.join(get_args(Statistic))}")
         if not 0 < self.limit < float("inf"):
             raise BudgetError(f"a budget must be a positive number: {_HINT}")
         if self.relative and self.limit > 1:
@@ -59,7 +63,7 @@ class Budget:
         Raises:
             BudgetError: the text does not parse, or names an unknown statistic or a factor above 1.
         """
-        match = _PATTERN.fullmatch(text.strip())
+        match = _PATTERN.fullmatch(text.strip().replace("μ", "µ"))  # Greek mu -> micro sign
         if match is None:
             raise BudgetError(f"cannot read the budget {text!r}: {_HINT}")
         number, unit = float(match["number"]), match["unit"].lower()
@@ -75,7 +79,11 @@ class Budget:
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Self:
-        return cls(**data)  # type: ignore[arg-type]
+        """Raises: BudgetError if the data is no budget."""
+        try:
+            return cls(**data)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise BudgetError(f"this is no budget: {error}") from error
 
     def to_json(self) -> dict[str, object]:
         return {"metric": self.metric, "limit": self.limit, "relative": self.relative, "statistic": self.statistic}
@@ -89,12 +97,21 @@ class Budget:
         return value / self.limit_for(reference) - 1.0
 
     def __str__(self) -> str:
+        """Short, and `parse` reads back an equal budget."""
         if self.metric == "latency":
-            text = f"{self.limit:g}x" if self.relative else f"{self.limit:g}ms"
+            text = f"{_exact(self.limit)}{'x' if self.relative else 'ms'}"
             return text if self.statistic == "p50" else f"{self.statistic}:{text}"
-        if self.metric == "size":
-            return f"{self.limit:g}xMB" if self.relative else f"{self.limit / 10**6:.12g}MB"
-        return f"{self.limit:g}xMACs" if self.relative else f"{self.limit / 10**6:.12g}MMACs"
+        base, large = ("B", "MB") if self.metric == "size" else ("MACs", "MMACs")
+        if self.relative:
+            return f"{_exact(self.limit)}x{'MB' if self.metric == 'size' else 'MACs'}"
+        millions = f"{self.limit / 10**6:.12g}"
+        return f"{millions}{large}" if float(millions) * 10**6 == self.limit else f"{_exact(self.limit)}{base}"
+
+
+def _exact(number: float) -> str:
+    """As few digits as tell the number from every other."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
 
 
 def _resolve(number: float, unit: str, text: str) -> tuple[Metric, float, bool]:

@@ -207,13 +207,15 @@ class LayerGraph:
     def normalise(self, policy: Policy) -> Policy:
         """The same model written once: choices without effect (inside dropped branches, or keeping all) removed."""
         gone = self.removed_layers(policy)
+        parts = {name: frozenset(self.branch_by_name[name].layers) for name in policy.dropped}
+        outermost = frozenset(name for name in parts if not any(parts[name] < other for other in parts.values()))
         kept = {
             name: count
             for name, count in policy.kept.items()
             if count < self.group_by_name[name].channels and not self._inside(self.group_by_name[name], gone)
         }
         precisions = {name: p for name, p in policy.precisions.items() if name not in gone}
-        return Policy(kept, policy.dropped, precisions)
+        return Policy(kept, outermost, precisions)
 
     def removed_layers(self, policy: Policy) -> frozenset[str]:
         """Names of the layers that go with the policy's dropped branches."""

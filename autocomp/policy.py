@@ -86,9 +86,11 @@ class Policy:
     precisions: Mapping[str, Precision] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        bad = [name for name, count in self.kept.items() if isinstance(count, bool) or count < 1]
-        if bad:
-            raise InputError(f"group {bad[0]} would keep no channel: keep at least 1, or drop its branch")
+        for name, count in self.kept.items():
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise InputError(f"group {name} would keep {count!r} channels: give a whole number")
+            if count < 1:
+                raise InputError(f"group {name} would keep no channel: keep at least 1, or drop its branch")
         object.__setattr__(self, "kept", MappingProxyType(dict(sorted(self.kept.items()))))
         object.__setattr__(self, "dropped", frozenset(self.dropped))
         chosen = {name: p for name, p in sorted(self.precisions.items()) if p != FP32}
@@ -118,15 +120,19 @@ class Policy:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises: InputError if the data is no policy, or one of another format version."""
+        if not isinstance(data, Mapping):
+            raise InputError(f"this is no policy, but {type(data).__name__}: give the file that a run wrote")
         if data.get("format") != FORMAT:
             raise InputError(f"policy format {data.get('format')!r} is not {FORMAT}: write it again with this version")
         unknown = set(data) - {"format", "kept", "dropped", "precisions"}
         if unknown:
             raise InputError(f"unknown keys in a policy: {', '.join(sorted(unknown))}")
         try:
+            if not isinstance(data["dropped"], list):
+                raise TypeError("dropped is not a list")
             precisions = {name: Precision.parse(text) for name, text in data["precisions"].items()}
             return cls(dict(data["kept"]), frozenset(data["dropped"]), precisions)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"this is no policy: {error!r}") from error
 
 
@@ -135,18 +141,19 @@ class Recipe:
     """How a policy is turned into weights. With policy, weights and data it rebuilds the same model bit for bit.
 
     Attributes:
-        importance: which channels of a group go first; ``group_l2`` removes those of least summed squared weight.
+        importance: which channels of a group go first; ``group_l2`` removes those of least summed squared weight,
+            ``least_error`` those that the layers reading them can best make up for on the calibration images.
         reconstruction: ``closed_form`` solves each reading layer for the original output; ``none`` only slices.
         ridge: of the closed-form solve, as a fraction of the mean variance of the layer's inputs.
         recalibration: of the normalised layers' statistics; ``auto`` keeps it where it lowers the divergence
             on the calibration split.
         ranges: of int8 activations: ``minmax`` or ``percentile``.
-        percentile: of the absolute activations kept inside the range, in percent.
+        percentile: of the activations kept inside the range, in percent; both tails lose alike.
         images: calibration images used.
         seed: of every draw made while compressing.
     """
 
-    importance: Literal["group_l2"] = "group_l2"
+    importance: Literal["group_l2", "least_error"] = "group_l2"
     reconstruction: Literal["closed_form", "none"] = "closed_form"
     ridge: float = 1e-3
     recalibration: Literal["auto", "always", "never"] = "auto"

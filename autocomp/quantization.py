@@ -17,6 +17,7 @@ __all__ = [
     "dequantize_weight",
     "place",
     "quantize_weight",
+    "round_biases",
 ]
 
 # Activations that an engine folds into the producing layer: the value is quantized behind them.
@@ -37,6 +38,8 @@ PASSING = frozenset(
         "unsqueeze",
     }
 )
+# Scales below are rounded coarsely or to 0, and engines take them for 0.
+_SMALLEST = float(np.finfo(np.float32).tiny)
 # Operators that run in int8 when all they read is quantized.
 JOINS = frozenset({"add", "cat"})
 
@@ -85,7 +88,7 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
             value = bypass[value]
         return value
 
-    live = _live_nodes(graph, bypass, resolve)
+    live = _live_nodes(graph, bypass)
     readers: dict[str, list[Node]] = {node.name: [] for node in live}
     for node in live:
         for value in node.inputs:
@@ -131,7 +134,7 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     return QuantPlan(values, layers)
 
 
-def _live_nodes(graph: LayerGraph, bypass: Mapping[str, str], resolve: object) -> list[Node]:
+def _live_nodes(graph: LayerGraph, bypass: Mapping[str, str]) -> list[Node]:
     """Nodes the output still depends on, in topological order, bypassed additions left out."""
     needed = {graph.output}
     for node in reversed(graph.nodes):
@@ -154,8 +157,8 @@ def activation_params(low: float, high: float, numerics: Numerics) -> QuantParam
 
 
 def _float32(scale: float) -> float:
-    """The scale as an engine stores it; a constant tensor gets 1."""
-    return float(np.float32(scale)) if np.isfinite(scale) and np.float32(scale) > 0 else 1.0
+    """The scale as an engine stores it; a constant tensor, or one of subnormal numbers, gets 1."""
+    return float(np.float32(scale)) if np.isfinite(scale) and scale >= _SMALLEST else 1.0
 
 
 def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -169,7 +172,7 @@ def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[ND
     """
     flat = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
     flat = np.maximum(flat, flat.max(initial=0.0) / 1024)
-    scale = np.where(flat > 0, flat / numerics.weight_max, 1.0).astype(np.float32)
+    scale = np.where(flat >= numerics.weight_max * _SMALLEST, flat / numerics.weight_max, 1.0).astype(np.float32)
     shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))
     codes = np.clip(np.rint(weight / shaped), -numerics.weight_max, numerics.weight_max)
     return codes.astype(np.int8), scale
@@ -178,3 +181,38 @@ def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[ND
 def dequantize_weight(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
     """The real weights that the codes stand for."""
     return (codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
+
+
+def round_biases(
+    graph: LayerGraph,
+    policy: Policy,
+    tensors: Mapping[str, NDArray[np.float32]],
+    params: Mapping[str, QuantParams],
+    numerics: Numerics,
+) -> dict[str, NDArray[np.float32]]:
+    """Biases of the policy's int8 layers, on the grid on which engines add them.
+
+    An engine that computes in integers rounds the bias to a multiple of input scale x weight scale. The step is a
+    small part of the output's, but where a model does not do the same, results near a tie fall to the other side, and
+    those errors add up over the layers. The rounded bias is still a float tensor.
+
+    Args:
+        tensors: float32 weights before rounding, and biases, by parameter name.
+        params: for each value of ``place(graph, policy)``.
+
+    Returns:
+        parameter name -> rounded bias; to replace those of ``tensors`` in the torch model and in the engine's file.
+    """
+    bypass = {graph.branch_by_name[name].add: graph.branch_by_name[name].stream for name in policy.dropped}
+    rounded: dict[str, NDArray[np.float32]] = {}
+    for name in place(graph, policy).layers:
+        layer = graph.layer_by_name[name]
+        if layer.bias not in tensors:
+            continue
+        read = graph.node_by_name[layer.node].inputs[0]
+        while read in bypass:
+            read = bypass[read]
+        _, scale = quantize_weight(tensors[layer.weight], numerics)
+        step = np.float32(params[read].scale) * scale
+        rounded[layer.bias] = (np.rint(tensors[layer.bias] / step) * step).astype(np.float32)
+    return rounded

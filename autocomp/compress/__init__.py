@@ -4,7 +4,8 @@ from autocomp.compress.apply import Compressed, compress, structure
 from autocomp.compress.arrays import logits_of, to_tensor
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.lowering import Norm
-from autocomp.compress.statistics import Moments, Statistics, collect
+from autocomp.compress.moments import Moments
+from autocomp.compress.statistics import Statistics, collect
 from autocomp.compress.surgery import run
 from autocomp.compress.tracing import Traced, trace
 

@@ -14,11 +14,12 @@ from torch import Tensor, fx
 from autocomp.capabilities import Numerics
 from autocomp.compress.lowering import Norm
 from autocomp.compress.naming import value_of
+from autocomp.compress.ordering import select
 from autocomp.compress.quantize import fake_quantize_activations, params_of, round_weights
 from autocomp.compress.recalibrate import divergence, recalibrated
-from autocomp.compress.reconstruct import reconstruct, select
+from autocomp.compress.reconstruct import reconstruct
 from autocomp.compress.statistics import Ranges, Statistics, Watcher, check_images
-from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
+from autocomp.compress.surgery import batches, kept_positions, rebuild, slice_tensors, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError
 from autocomp.graph import LayerGraph
@@ -93,7 +94,7 @@ def structure(
     """Tensors and int8 parameters of the right shapes and kinds, in milliseconds: what a timing needs.
 
     Args:
-        recipe: gives the importance, so that the same channels stay as in `compress`.
+        recipe: that of `compress`.
 
     Returns:
         the original tensors, sliced but not reconstructed, and parameters from the unpruned model's ranges.
@@ -103,7 +104,7 @@ def structure(
     """
     policy = _checked(traced.graph, policy)
     tensors = tensors_of(traced.module)
-    kept = select(traced.graph, tensors, policy, recipe)
+    kept = select(statistics.orders, policy)
     sliced = slice_tensors(tensors, kept_positions(traced.graph, kept))
     shapes = traced.graph.parameter_shapes(policy)
     params = params_of(place(traced.graph, policy), statistics.ranges, numerics)
@@ -132,7 +133,7 @@ def compress(
         )
     with clock("select"):
         original = tensors_of(traced.module)
-        kept = select(graph, original, policy, recipe)
+        kept = select(statistics.orders, policy)
         positions = kept_positions(graph, kept)
         tensors = slice_tensors(original, positions)
     if recipe.reconstruction == "closed_form":
@@ -240,7 +241,7 @@ def _observe(
 
     watcher = Watcher(module, watch)
     with torch.no_grad():
-        logits = torch.cat([watcher.run(part) for part in images.split(128)])
+        logits = torch.cat([watcher.run(part) for part in batches(images, 128)])
     return _Observation(ranges.bounds(graph), divergence(reference, logits))
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch_pruning  # type: ignore[import-untyped]
+import torch_pruning
 from torch import Tensor, nn
 
 from autocomp.compress.naming import reason_of
@@ -34,7 +34,7 @@ class Coupling:
     left_whole: Mapping[str, str]
 
 
-class _Unfit(Exception):
+class _UnfitError(Exception):
     """A group that the plain form cannot hold; the message is the reason."""
 
 
@@ -65,9 +65,8 @@ def couple(
             warnings.simplefilter("ignore")
             graph = torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
     except Exception as error:  # another library walks the user's code: anything can come out of it
-        return Coupling(
-            (), {layer.name: f"torch-pruning cannot trace the model ({reason_of(error)})" for layer in layers}
-        )
+        reason = f"torch-pruning cannot trace the model ({reason_of(error)})"
+        return Coupling((), {layer.name: reason for layer in layers})
     groups: list[Group] = []
     whole: dict[str, str] = {}
     modules = dict(model.named_modules())
@@ -85,7 +84,7 @@ def couple(
             entries = list(graph.get_pruning_group(module, pruner.prune_out_channels, channels))
             visited.update(names[entry.dep.target.module] for entry in entries if _writes(graph, entry, names))
             groups.append(_group(layer.name, _items(graph, entries, names), by_name, parameters, shared))
-        except _Unfit as reason:
+        except _UnfitError as reason:
             whole[layer.name] = str(reason)
         except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             whole[layer.name] = f"torch-pruning cannot follow its channels ({reason_of(error)})"
@@ -113,13 +112,13 @@ def _items(graph: Any, entries: Sequence[Any], names: Mapping[nn.Module, str]) -
     for item in entries:
         target = item.dep.target
         if target.type.name in _INDEXED:
-            raise _Unfit("its channels are split or picked by fixed indices")
+            raise _UnfitError("its channels are split or picked by fixed indices")
         if isinstance(target.module, nn.Parameter):
-            raise _Unfit(f"its channels meet the free parameter {target.name}")
+            raise _UnfitError(f"its channels meet the free parameter {target.name}")
         if target.module not in names:
             continue  # torch-pruning's stand-in for an operator without parameters
         if item.root_idxs is None or any(root is None for root in item.root_idxs):
-            raise _Unfit(f"torch-pruning cannot follow its channels into {names[target.module]}")
+            raise _UnfitError(f"torch-pruning cannot follow its channels into {names[target.module]}")
         indices = tuple(int(index) for index in item.idxs)
         found.append(
             _Item(names[target.module], target.module, _writes(graph, item, names), tuple(item.root_idxs), indices)
@@ -134,8 +133,7 @@ def _group(
     parameters: Mapping[str, tuple[int, ...]],
     shared: frozenset[str],
 ) -> Group:
-    channels = items[0].module.weight.shape[0]
-    assert isinstance(channels, int)
+    channels = parameters[f"{name}.weight"][0]
     members: dict[tuple[str, int], Member] = {}
     for item in items:
         for parameter, axis in _axes(item, layers, shared):
@@ -148,7 +146,7 @@ def _group(
             size = parameters[parameter][axis]
             even = len({len(entry) for entry in positions}) == 1
             if not (even and flat and len(set(flat)) == len(flat) and min(flat) >= 0 and max(flat) < size):
-                raise _Unfit(f"its channels do not line up with those of {item.name}")
+                raise _UnfitError(f"its channels do not line up with those of {item.name}")
             members[parameter, axis] = Member(parameter, axis, tuple(tuple(sorted(entry)) for entry in positions))
     return Group(name, channels, tuple(members.values()))
 
@@ -159,9 +157,9 @@ def _axes(item: _Item, layers: Mapping[str, Layer], shared: frozenset[str]) -> l
     if isinstance(module, (*_CONVS, nn.Linear)):
         layer = layers.get(name)
         if layer is None or name in shared:
-            raise _Unfit(f"{name} shares its weight, or uses it in another way than a plain layer")
+            raise _UnfitError(f"{name} shares its weight, or uses it in another way than a plain layer")
         if layer.groups > 1 and not layer.depthwise:
-            raise _Unfit(f"{name} is a grouped convolution")
+            raise _UnfitError(f"{name} is a grouped convolution")
         if item.writes or layer.depthwise:
             return [(layer.weight, 0), (layer.bias, 0)]
         return [(layer.weight, 1)]
@@ -169,7 +167,7 @@ def _axes(item: _Item, layers: Mapping[str, Layer], shared: frozenset[str]) -> l
         return [(f"{name}.{part}", 0) for part in ("weight", "bias", "running_mean", "running_var")]
     if isinstance(module, nn.PReLU):
         return [(f"{name}.weight", 0)] if module.num_parameters > 1 else []
-    raise _Unfit(f"its channels pass through {name}, a {type(module).__name__}")
+    raise _UnfitError(f"its channels pass through {name}, a {type(module).__name__}")
 
 
 def _disjoint(groups: Sequence[Group], whole: dict[str, str]) -> tuple[tuple[Group, ...], dict[str, str]]:

@@ -5,6 +5,7 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -52,7 +53,7 @@ def export_compressed(compressed: Compressed) -> bytes:
 
 def _pair(value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """QuantizeLinear and DequantizeLinear as themselves: torch cannot export its own per-tensor fake quantization."""
-    attributes = {"axis": 0} if scale.ndim else {}
+    attributes: Any = {"axis": 0} if scale.ndim else {}
     inputs = (scale, zero_point)
     codes = torch.onnx.ops.symbolic(
         "QuantizeLinear", (value, *inputs), attributes, dtype=zero_point.dtype, shape=value.shape
@@ -119,7 +120,8 @@ def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Te
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise ModelError(
-            f"the model cannot be written as ONNX ({reason_of(error)}): replace the operator it names by one that ONNX has"
+            f"the model cannot be written as ONNX ({reason_of(error)}): "
+            "replace the operator it names by one that ONNX has"
         ) from error
     assert program is not None
     proto = program.model_proto

@@ -175,26 +175,22 @@ class _Rebuild:
             padding = [entry // 2 for entry in total]
         return self._layer(node, target, (stride, spread(padding), dilation, given.get("groups", 1)), given)
 
-    def _layer(self, node: fx.Node, target: Any, rest: tuple[Any, ...], given: dict[str, Any]) -> fx.Node:
+    def _layer(self, node: fx.Node, target: Any, rest: tuple[Any, ...], given: Mapping[str, Any]) -> fx.Node:
         """A convolution or linear operator; one with plain parameters gets a bias if it has none."""
-        names = ("input", "weight", "bias")
-        given = given or dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        weight, bias = given["weight"], given.get("bias")
+        named: Any = given or dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+        weight, bias = named["weight"], named.get("bias")
         name, _, last = str(weight.target).rpartition(".")
         plain = weight.op == "get_attr" and last == "weight" and name != ""
         own = bias is None or (bias.op == "get_attr" and (bias.target == f"{name}.bias" or len(weight.users) > 1))
-        if plain and own:
-            if bias is None:
-                mapped = self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
-            else:
-                mapped = self._mapped(bias)
-        else:
-            mapped = None if bias is None else self._mapped(bias)
+        mapped: fx.Node | None = None if bias is None else self._mapped(bias)
+        if plain and own and mapped is None:
+            mapped = self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
+        elif not (plain and own):
             self.opaque[str(weight.target) if weight.op == "get_attr" else node.name] = (
                 "its weight or bias is no parameter of its own module"
             )
         new = self._create(
-            node, target, (self._mapped(given["input"]), self._mapped(weight), mapped, *rest), {}, op_of(node)
+            node, target, (self._mapped(named["input"]), self._mapped(weight), mapped, *rest), {}, op_of(node)
         )
         if plain and own:
             self.layers[new] = name
@@ -273,7 +269,8 @@ def _flattens(node: fx.Node) -> bool:
 def _takes_all(node: fx.Node) -> bool:
     """Whether a slice picks its whole axis, as ``x[:, 1:]`` does on its first one."""
     given: tuple[Any, ...] = node.args
-    source, axis, start, end, step = (*given, *(None, 0, None, None, 1)[len(given) :])
+    missing: tuple[Any, ...] = (None, 0, None, None, 1)
+    source, axis, start, end, step = given + missing[len(given) :]
     size = source.meta["val"].shape[axis]
     reaches = end is None or (isinstance(end, int) and end >= (size if isinstance(size, int) else 2**62))
     return start in (None, 0) and step == 1 and reaches

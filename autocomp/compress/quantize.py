@@ -45,5 +45,5 @@ def fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, Quant
                 (node, chosen.scale, chosen.zero_point, smallest, largest),
                 name=f"{node.name}_quantized",
             )
-        node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)  # type: ignore[misc]
+        node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)
     module.recompile()

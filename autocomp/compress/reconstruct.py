@@ -1,46 +1,15 @@
-"""Which channels go, and how the layers that read them make up for it."""
-
-from collections.abc import Mapping
+"""How layers make up for inputs they lose."""
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autocomp.compress.statistics import Moments
+from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
-from autocomp.graph import Group, Layer, LayerGraph
-from autocomp.policy import Policy, Recipe
+from autocomp.graph import Layer
 
-__all__ = ["group_l2", "reconstruct", "select"]
-
-
-def select(
-    graph: LayerGraph, tensors: Mapping[str, Tensor], policy: Policy, recipe: Recipe
-) -> dict[str, tuple[int, ...]]:
-    """Group -> channels that stay, ascending: the most important ones, earlier ones where equal."""
-    measure = {"group_l2": group_l2}[recipe.importance]
-    kept = {}
-    for name, count in policy.kept.items():
-        norms = measure(graph.group_by_name[name], tensors)
-        order = np.lexsort((np.arange(len(norms)), -norms))
-        kept[name] = tuple(int(channel) for channel in np.sort(order[:count]))
-    return kept
-
-
-def group_l2(group: Group, tensors: Mapping[str, Tensor]) -> NDArray[np.float64]:
-    """Squared L2 norm per channel, (channels,), over all folded weights that write or read it.
-
-    The group form of weight-magnitude importance (Fang et al., DepGraph, CVPR 2023, section 3.3).
-    """
-    total = np.zeros(group.channels)
-    for member in group.members:
-        weight = tensors[member.parameter]
-        if weight.ndim > 1:
-            others = tuple(axis for axis in range(weight.ndim) if axis != member.axis)
-            squares = weight.double().square().sum(others).numpy()
-            total += squares[np.asarray(member.positions)].sum(axis=1)
-    return total
+__all__ = ["reconstruct"]
 
 
 def reconstruct(

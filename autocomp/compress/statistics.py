@@ -1,7 +1,7 @@
 """What one pass of the unpruned model over calibration images tells every later policy."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,37 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from autocomp.compress.moments import Moments, Sums, reading_layers
 from autocomp.compress.naming import value_of
+from autocomp.compress.ordering import order_channels
+from autocomp.compress.surgery import batches, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError, DataError
-from autocomp.graph import Layer, LayerGraph
+from autocomp.graph import LayerGraph
 from autocomp.policy import Recipe
 
-__all__ = ["Moments", "Ranges", "Statistics", "Watcher", "check_images", "collect"]
+__all__ = ["Ranges", "Statistics", "Watcher", "check_images", "collect"]
 
-LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 BATCH = 64
-MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
 SAMPLES = 2**18  # of one value behind its percentiles
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Mean and centred second moment of what a layer reads, over images and sampled positions.
-
-    The features are the layer's unfolded inputs, ordered as its weight's columns (channel, then kernel position);
-    or, where their second moment would exceed 512 MB, its input channels alone, the kernel positions (of a layer
-    behind a flattened map: the map's positions) pooled as further samples.
-
-    Attributes:
-        mean: (features,), float64.
-        gram: (features, features), float32.
-        pooled: weight columns that share one feature; 1 where none do.
-    """
-
-    mean: Tensor
-    gram: Tensor
-    pooled: int
 
 
 @dataclass(frozen=True)
@@ -48,18 +30,20 @@ class Statistics:
 
     Attributes:
         moments: layer that reads a prunable group -> moments of its inputs.
+        orders: group -> its channels by the recipe's importance, the most dispensable first.
         ranges: value -> its bounds, by the recipe's method.
         logits: (n, classes), in the images' order.
     """
 
     moments: Mapping[str, Moments]
+    orders: Mapping[str, tuple[int, ...]]
     ranges: Mapping[str, tuple[float, float]]
     logits: Tensor
 
 
 def check_images(images: Tensor, graph: LayerGraph) -> Tensor:
     """Images as CPU float32. Raises: DataError if their shape does not fit, or some are not finite."""
-    if images.ndim != len(graph.input_shape) + 1 or len(images) == 0 or not images.is_floating_point():
+    if tuple(images.shape[1:]) != graph.input_shape or len(images) == 0 or not images.is_floating_point():
         raise DataError(f"calibration needs float images of shape (n, *{graph.input_shape}), not {tuple(images.shape)}")
     images = images.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(images).all()):
@@ -72,7 +56,7 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
 
     Args:
         images: (n, *input_shape); the first ``recipe.images`` are used.
-        recipe: gives the range method and the seed of the sampled positions.
+        recipe: gives importance, range method and the seed of the sampled positions.
 
     Raises:
         DataError: the images do not fit the model, or hold NaN.
@@ -81,7 +65,7 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     graph = traced.graph
     images = check_images(images, graph)[: recipe.images]
     generator = torch.Generator().manual_seed(recipe.seed)
-    sums = {layer.node: _Sums.of(layer, graph, len(images)) for layer in reading_layers(graph)}
+    sums = {layer.node: Sums.of(layer, graph, len(images)) for layer in reading_layers(graph)}
     ranges = Ranges(recipe, (node.name for node in graph.nodes if node.shape), len(images))
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
@@ -91,16 +75,11 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
 
     watcher = Watcher(traced.module, watch)
     with torch.no_grad():
-        logits = torch.cat([watcher.run(part) for part in images.split(BATCH)])
+        logits = torch.cat([watcher.run(part) for part in batches(images, BATCH)])
     bounds = ranges.bounds(graph)
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
-    return Statistics(moments, bounds, logits)
-
-
-def reading_layers(graph: LayerGraph) -> tuple[Layer, ...]:
-    """Layers whose input channels some group can take away (depthwise ones lose theirs with their outputs)."""
-    read = {member.parameter for group in graph.groups for member in group.members if member.axis == 1}
-    return tuple(layer for layer in graph.layers if layer.weight in read)
+    orders = order_channels(graph, tensors_of(traced.module), moments, recipe)
+    return Statistics(moments, orders, bounds, logits)
 
 
 class Watcher(fx.Interpreter):
@@ -115,97 +94,6 @@ class Watcher(fx.Interpreter):
         if n.op in ("placeholder", "call_function"):
             self._watch(n, value, self.env.__getitem__)
         return value
-
-
-@dataclass
-class _Sums:
-    """Running sums behind `Moments`, shifted by the first batch's mean so that nothing cancels."""
-
-    layer: Layer
-    pooled: int
-    rows: int  # aimed at, per image
-    count: int = 0
-    shift: Tensor | None = None
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    square: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    @classmethod
-    def of(cls, layer: Layer, graph: LayerGraph, images: int) -> "_Sums":
-        inner = int(np.prod(layer.weight_shape[2:])) if layer.op == "conv" else _flattened(layer, graph)
-        features = layer.weight_shape[1] * (inner if layer.op == "conv" else 1)
-        pooled = inner if features**2 * 4 > LIMIT_BYTES else 1
-        rows = max(MIN_ROWS, ROWS_PER_FEATURE * features // pooled)
-        return cls(layer, pooled, max(1, -(-rows // images)))
-
-    def add(self, value: Tensor, generator: torch.Generator) -> None:
-        """Add the rows of one batch, float32 within the batch and float64 across batches."""
-        patches = _patches(value, self.layer, self.rows, generator)
-        if self.pooled > 1:
-            patches = patches.reshape(len(patches), -1, self.pooled).transpose(1, 2).flatten(0, 1)
-        if self.shift is None:
-            self.shift = patches.mean(0)
-            self.total = torch.zeros(patches.shape[1], dtype=torch.float64)
-            self.square = torch.zeros(patches.shape[1], patches.shape[1], dtype=torch.float64)
-        patches = patches - self.shift
-        self.count += len(patches)
-        self.total += patches.sum(0, dtype=torch.float64)
-        self.square += patches.T @ patches
-
-    def moments(self) -> Moments:
-        assert self.shift is not None
-        offset = self.total / self.count
-        gram = (self.square / self.count).addr_(offset, offset, alpha=-1)
-        return Moments(self.shift.double() + offset, gram.float(), self.pooled)
-
-
-def _flattened(layer: Layer, graph: LayerGraph) -> int:
-    """Positions per channel where a linear layer reads a whole flattened map, else 1."""
-    members = [m for group in graph.groups for m in group.members if m.parameter == layer.weight and m.axis == 1]
-    width = members[0].width
-    runs = all(
-        entry == tuple(range(entry[0], entry[0] + width)) and entry[0] % width == 0
-        for m in members
-        for entry in m.positions
-    )
-    return width if runs and layer.weight_shape[1] % width == 0 else 1
-
-
-def _patches(value: Tensor, layer: Layer, rows: int, generator: torch.Generator) -> Tensor:
-    """Unfolded inputs (samples, features) of a layer at random output positions, drawn anew for every image.
-
-    Args:
-        value: (n, channels, *spatial) for a conv, (n, ..., features) for a linear layer.
-        rows: positions drawn for an image (with repetition); all of them where there are not more.
-    """
-    n = len(value)
-    if layer.op == "linear":
-        value = value.reshape(n, -1, value.shape[-1])
-        if value.shape[1] <= rows:
-            return value.flatten(0, 1)
-        chosen = torch.randint(value.shape[1], (n, rows), generator=generator)
-        return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
-    kernel = layer.weight_shape[2:]
-    if any(layer.padding):
-        value = nn.functional.pad(value, [entry for side in reversed(layer.padding) for entry in (side, side)])
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
-    sizes = [(s - span) // step + 1 for s, span, step in zip(value.shape[2:], spans, layer.stride, strict=True)]
-    positions = int(np.prod(sizes))
-    if positions <= rows:
-        chosen = torch.arange(positions).expand(n, -1)
-    else:
-        chosen = torch.randint(positions, (n, rows), generator=generator)
-    flat = torch.arange(n)[:, None, None] * int(np.prod(value.shape[2:]))
-    inner = torch.zeros(1, dtype=torch.long)
-    divisor, stride = positions, int(np.prod(value.shape[2:]))
-    for axis, size in enumerate(value.shape[2:]):  # row-major over the spatial axes
-        divisor, stride = divisor // sizes[axis], stride // size
-        start = (chosen // divisor) % sizes[axis] * layer.stride[axis]
-        flat = flat + start[..., None] * stride
-        step = torch.arange(kernel[axis]) * layer.dilation[axis] * stride
-        inner = (inner[:, None] + step).flatten()
-    rows_of = value.movedim(1, -1).reshape(-1, value.shape[1])
-    found = rows_of[(flat + inner).flatten()].reshape(-1, len(inner), value.shape[1])
-    return found.transpose(1, 2).flatten(1)
 
 
 class Ranges:

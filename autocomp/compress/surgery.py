@@ -1,6 +1,6 @@
 """Compression as editing of data: slicing tensors by a graph's groups, bypassing branches, running the result."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from autocomp.compress.naming import value_of
 from autocomp.graph import Branch, Group, LayerGraph
 
-__all__ = ["kept_positions", "masked", "rebuild", "run", "slice_tensors", "tensors_of"]
+__all__ = ["batches", "kept_positions", "masked", "rebuild", "run", "slice_tensors", "tensors_of"]
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -93,10 +93,15 @@ def masked(graph: LayerGraph, tensors: Mapping[str, Tensor], groups: Sequence[Gr
     return result
 
 
+def batches(images: Tensor, size: int) -> Iterator[Tensor]:
+    """Images in parts of ``size``, the last one smaller."""
+    return (images[start : start + size] for start in range(0, len(images), size))
+
+
 def run(module: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
     """Logits (n, classes) of images (n, ...), computed in batches without gradients."""
     with torch.no_grad():
-        return torch.cat([module(part) for part in images.split(batch)])
+        return torch.cat([module(part) for part in batches(images, batch)])
 
 
 def _attribute(module: nn.Module, name: str) -> Tensor:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import optuna
-from optuna.distributions import IntDistribution
+from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import Trial, TrialState
 
@@ -23,8 +23,6 @@ __all__ = ["NSGA2", "TPE", "Method", "SamplerController"]
 ATTEMPTS = 10
 # A generation of NSGA-II: small, because a search has tens to hundreds of trials, not thousands.
 POPULATION = 20
-# Samples TPE draws from the good trials' density to propose one: more than its default of 24, for tens of decisions.
-CANDIDATES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +54,7 @@ class SamplerController:
         self._seed = seed
         self._initial = checked(space, initial)
         self._method = method
-        self._distributions = {_key(decision): _distribution(decision) for decision in space.decisions}
+        self._distributions: dict[str, BaseDistribution] = {_key(d): _distribution(d) for d in space.decisions}
         with _quiet():
             self._study = optuna.create_study(directions=["minimize"] * method.objectives)
         self._recording = method.recording(_derived(seed))
@@ -158,7 +156,8 @@ def _divergence_and_latency(result: TrialResult) -> tuple[float, ...] | None:
 
 
 def _tpe(seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, n_ei_candidates=CANDIDATES, multivariate=True, constant_liar=True)
+    # Multivariate: independent estimates for tens of decisions cost ten times as much, and soon only repeat the best.
+    return TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
 def _nsga2(seed: int) -> BaseSampler:

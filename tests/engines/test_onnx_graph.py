@@ -13,7 +13,7 @@ from autocomp.engines.onnxruntime import OnnxRuntimeBackend
 from autocomp.engines.simulated import SimulatedBackend
 from autocomp.errors import EngineError
 from autocomp.policy import INT8, Policy
-from autocomp.quantization import place
+from autocomp.quantization import place, quantize_weight, round_biases
 from tests.engines.conftest import Case, case
 from tests.engines.nets import VNNI, Net
 
@@ -129,12 +129,39 @@ def test_every_int8_layer_of_a_random_policy_runs_as_int8(resnet20: Case, seed: 
 
 
 def test_engine_agrees_with_fake_quantization(resnet20: Case) -> None:
-    backend = OnnxRuntimeBackend(BackendSpec(batch=8))
+    """Nearly all logits are equal to rounding; without rounded biases nearly none are."""
     policy = everywhere(resnet20.net)
-    with backend.build(resnet20.emit(policy)) as engine:
-        result = engine.run(resnet20.images)
     expected = resnet20.expected(policy)
-    assert np.abs(result - expected).max() < 0.1 * expected.std()
+    tensors = resnet20.net.sliced(policy)
+    plain = emit(resnet20.template, policy, tensors, resnet20.parts(policy)[1], VNNI)
+    backend = OnnxRuntimeBackend(BackendSpec(batch=8))
+    distances = []
+    for data in (resnet20.emit(policy), plain):
+        with backend.build(data) as engine:
+            distances.append(np.abs(engine.run(resnet20.images) - expected).mean() / expected.std())
+    assert distances[0] < 0.005
+    assert distances[1] < 0.05
+
+
+def test_rounded_biases_are_multiples_of_the_step(resnet8: Case) -> None:
+    policy = everywhere(resnet8.net)
+    tensors = resnet8.net.sliced(policy)
+    rounded, params = resnet8.parts(policy)
+    for layer in resnet8.net.graph.layers:
+        read = resnet8.net.graph.node_by_name[layer.node].inputs[0]
+        _, scale = quantize_weight(tensors[layer.weight], VNNI)
+        codes = rounded[layer.bias].astype(np.float64) / (params[read].scale * scale.astype(np.float64))
+        np.testing.assert_allclose(codes, np.rint(codes), atol=1e-2)
+        assert np.abs(rounded[layer.bias] - tensors[layer.bias]).max() <= 0.51 * (params[read].scale * scale).max()
+    assert round_biases(resnet8.net.graph, Policy(), tensors, {}, VNNI) == {}
+
+
+def test_float_layer_between_int8_layers_stays_float(resnet8: Case, tmp_path: Path) -> None:
+    """ONNX Runtime would quantize the weights of such a layer without being asked."""
+    chosen = [layer.name for layer in resnet8.net.graph.layers if layer.name != "layer1.0.conv2"]
+    model = optimized(resnet8.emit(Policy(precisions=dict.fromkeys(chosen, INT8))), tmp_path)
+    count = Counter(node.op_type for node in model.graph.node)
+    assert (count["Conv"], count["QLinearConv"], count["MatMulIntegerToFloat"]) == (1, 6, 1)
 
 
 @pytest.mark.parametrize("shrink", [0.0, 1e-12, 1e-5])

@@ -1,4 +1,5 @@
-"""A search problem without an engine: every choice costs divergence and saves time, independently of the others."""
+"""A search problem without an engine: each choice costs divergence and saves time, whatever the others are; what lies
+inside a dropped branch does neither."""
 
 import random
 from collections.abc import Sequence
@@ -13,7 +14,9 @@ from autocomp.space import PolicySpace, SearchSpace
 from tests.graphs import residual_net
 
 
-def policy_space(blocks: int, kept: Sequence[float] = (1.0, 0.75, 0.5, 0.25), drop_branches: bool = True) -> PolicySpace:
+def policy_space(
+    blocks: int, kept: Sequence[float] = (1.0, 0.75, 0.5, 0.25), drop_branches: bool = True
+) -> PolicySpace:
     space = SearchSpace("test", kept=tuple(kept), precisions=(FP32, INT8), drop_branches=drop_branches)
     return space.restrict(residual_net(blocks), Capabilities((FP32, INT8), channel_multiple=4))
 
@@ -33,19 +36,23 @@ class Problem:
         costs, times = [], []
         for decision in space.decisions:
             options = len(decision.options)
-            # int8 costs little, channels more, a whole branch most; a few decisions cost ten times the others
+            # int8 costs little, channels more, a branch most; within a kind costs differ by up to ten times
             scale = {"precision": 0.01, "channels": 0.1, "branch": 0.5}[decision.kind] * 10 ** generator.random()
-            share = generator.uniform(0.5, 1.5)
+            share = 0.0 if decision.kind == "branch" else generator.uniform(0.5, 1.5)  # of the whole time
             costs.append(tuple(scale * (index / max(1, options - 1)) ** 2 for index in range(options)))
             times.append(tuple(share * (1 - 0.7 * index / max(1, options - 1)) for index in range(options)))
         return cls(space, tuple(costs), tuple(times), limit)
 
     def judge(self, policy: Policy) -> tuple[float, float]:
         """Divergence and latency ratio."""
-        indices = self.space.encode(policy)
-        divergence = sum(cost[index] for cost, index in zip(self.costs, indices, strict=True))
-        time = sum(time[index] for time, index in zip(self.times, indices, strict=True))
-        return divergence, time / sum(time[0] for time in self.times)
+        gone = self.space.graph.removed_layers(policy)  # groups bear the name of the layer that writes them
+        divergence = time = 0.0
+        choices = zip(self.space.decisions, self.space.encode(policy), self.costs, self.times, strict=True)
+        for decision, index, costs, times in choices:
+            if decision.name not in gone:
+                divergence += costs[index]
+                time += times[index]
+        return divergence, time / sum(times[0] for times in self.times)
 
     def result(self, number: int, policy: Policy) -> TrialResult:
         """As a study would: timed first, scored only where the budget holds."""

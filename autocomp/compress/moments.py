@@ -1,0 +1,130 @@
+"""Second moments of what layers read, gathered at sampled positions."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from autocomp.graph import Layer, LayerGraph
+
+__all__ = ["Moments", "Sums", "reading_layers"]
+
+LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
+MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and centred second moment of what a layer reads, over images and sampled positions.
+
+    The features are the layer's unfolded inputs, ordered as its weight's columns (channel, then kernel position);
+    or, where their second moment would exceed 512 MB, its input channels alone, the kernel positions (of a layer
+    behind a flattened map: the map's positions) pooled as further samples.
+
+    Attributes:
+        mean: (features,), float64.
+        gram: (features, features), float32.
+        pooled: weight columns that share one feature; 1 where none do.
+    """
+
+    mean: Tensor
+    gram: Tensor
+    pooled: int
+
+
+def reading_layers(graph: LayerGraph) -> tuple[Layer, ...]:
+    """Layers whose input channels some group can take away (depthwise ones lose theirs with their outputs)."""
+    read = {member.parameter for group in graph.groups for member in group.members if member.axis == 1}
+    return tuple(layer for layer in graph.layers if layer.weight in read)
+
+
+@dataclass
+class Sums:
+    """Running sums behind `Moments`, shifted by the first batch's mean so that nothing cancels."""
+
+    layer: Layer
+    pooled: int
+    rows: int  # aimed at, per image
+    count: int = 0
+    shift: Tensor | None = None
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+    square: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    @classmethod
+    def of(cls, layer: Layer, graph: LayerGraph, images: int) -> "Sums":
+        inner = int(np.prod(layer.weight_shape[2:])) if layer.op == "conv" else _flattened(layer, graph)
+        features = layer.weight_shape[1] * (inner if layer.op == "conv" else 1)
+        pooled = inner if features**2 * 4 > LIMIT_BYTES else 1
+        rows = max(MIN_ROWS, ROWS_PER_FEATURE * features // pooled)
+        return cls(layer, pooled, max(1, -(-rows // images)))
+
+    def add(self, value: Tensor, generator: torch.Generator) -> None:
+        """Add the rows of one batch, float32 within the batch and float64 across batches."""
+        patches = _patches(value, self.layer, self.rows, generator)
+        if self.pooled > 1:
+            patches = patches.reshape(len(patches), -1, self.pooled).transpose(1, 2).flatten(0, 1)
+        if self.shift is None:
+            self.shift = patches.mean(0)
+            self.total = torch.zeros(patches.shape[1], dtype=torch.float64)
+            self.square = torch.zeros(patches.shape[1], patches.shape[1], dtype=torch.float64)
+        patches = patches - self.shift
+        self.count += len(patches)
+        self.total += patches.sum(0, dtype=torch.float64)
+        self.square += patches.T @ patches
+
+    def moments(self) -> Moments:
+        assert self.shift is not None
+        offset = self.total / self.count
+        gram = (self.square / self.count).addr_(offset, offset, alpha=-1)
+        return Moments(self.shift.double() + offset, gram.float(), self.pooled)
+
+
+def _flattened(layer: Layer, graph: LayerGraph) -> int:
+    """Positions per channel where a linear layer reads a whole flattened map, else 1."""
+    members = [m for group in graph.groups for m in group.members if m.parameter == layer.weight and m.axis == 1]
+    width = members[0].width
+    runs = all(
+        entry == tuple(range(entry[0], entry[0] + width)) and entry[0] % width == 0
+        for m in members
+        for entry in m.positions
+    )
+    return width if runs and layer.weight_shape[1] % width == 0 else 1
+
+
+def _patches(value: Tensor, layer: Layer, rows: int, generator: torch.Generator) -> Tensor:
+    """Unfolded inputs (samples, features) of a layer at random output positions, drawn anew for every image.
+
+    Args:
+        value: (n, channels, *spatial) for a conv, (n, ..., features) for a linear layer.
+        rows: positions drawn for an image (with repetition); all of them where there are not more.
+    """
+    n = len(value)
+    if layer.op == "linear":
+        value = value.reshape(n, -1, value.shape[-1])
+        if value.shape[1] <= rows:
+            return value.flatten(0, 1)
+        chosen = torch.randint(value.shape[1], (n, rows), generator=generator)
+        return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
+    kernel = layer.weight_shape[2:]
+    if any(layer.padding):
+        value = nn.functional.pad(value, [entry for side in reversed(layer.padding) for entry in (side, side)])
+    spans = [(k - 1) * d + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
+    sizes = [(s - span) // step + 1 for s, span, step in zip(value.shape[2:], spans, layer.stride, strict=True)]
+    positions = int(np.prod(sizes))
+    if positions <= rows:
+        chosen = torch.arange(positions).expand(n, -1)
+    else:
+        chosen = torch.randint(positions, (n, rows), generator=generator)
+    flat = torch.arange(n)[:, None, None] * int(np.prod(value.shape[2:]))
+    inner = torch.zeros(1, dtype=torch.long)
+    divisor, stride = positions, int(np.prod(value.shape[2:]))
+    for axis, size in enumerate(value.shape[2:]):  # row-major over the spatial axes
+        divisor, stride = divisor // sizes[axis], stride // size
+        start = (chosen // divisor) % sizes[axis] * layer.stride[axis]
+        flat = flat + start[..., None] * stride
+        step = torch.arange(kernel[axis]) * layer.dilation[axis] * stride
+        inner = (inner[:, None] + step).flatten()
+    rows_of = value.movedim(1, -1).reshape(-1, value.shape[1])
+    found = rows_of[(flat + inner).flatten()].reshape(-1, len(inner), value.shape[1])
+    return found.transpose(1, 2).flatten(1)

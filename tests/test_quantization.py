@@ -1,0 +1,215 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from numpy.typing import NDArray
+
+from autocomp.capabilities import Numerics
+from autocomp.graph import Branch, Layer, LayerGraph, Node
+from autocomp.policy import FP32, INT8, Policy
+from autocomp.quantization import QuantParams, activation_params, dequantize_weight, place, quantize_weight
+from tests.graphs import concat_net, parameters_of, residual_net
+
+SCHEMES = [
+    Numerics(signed, symmetric, weight_max)
+    for signed in (False, True)
+    for symmetric in (False, True)
+    for weight_max in (63, 127)
+]
+floats = st.floats(-(2.0**99), 2.0**99, width=32)
+weights = arrays.arrays(
+    np.float32,
+    st.one_of(
+        st.tuples(st.integers(1, 5), st.integers(1, 4), st.just(3), st.just(3)),
+        st.tuples(st.integers(1, 5), st.integers(1, 6)),
+    ),
+    elements=st.floats(-100, 100, width=32),
+)
+
+
+class TestActivations:
+    @given(st.sampled_from(SCHEMES), floats, floats, st.floats(0, 1))
+    def test_rounding_costs_half_a_step_inside_the_range(
+        self, numerics: Numerics, one: float, other: float, where: float
+    ) -> None:
+        low, high = sorted((one, other))
+        params = activation_params(low, high, numerics)
+        smallest, largest = numerics.activation_range
+        assert params.scale > 0 and np.isfinite(params.scale)
+        assert params.scale == float(np.float32(params.scale))
+        assert smallest <= params.zero_point <= largest  # so zero has a code of its own
+        value = min(max(low + where * (high - low), low), high)
+        code = np.clip(np.rint(value / params.scale) + params.zero_point, smallest, largest)
+        error = abs(value - params.scale * (code - params.zero_point))
+        # scales are rounded to float32: 255 steps of it may miss the end of the range by a little more than half a one
+        assert error <= params.scale * (0.5 + 255 * 2**-23)
+
+    @given(st.sampled_from(SCHEMES), floats, floats)
+    def test_symmetric_means_a_fixed_zero_point(self, numerics: Numerics, one: float, other: float) -> None:
+        params = activation_params(min(one, other), max(one, other), numerics)
+        if numerics.symmetric_activations:
+            assert params.zero_point == (0 if numerics.signed_activations else 128)
+
+    def test_known_ranges(self) -> None:
+        u8, s8 = Numerics(False, False, 127), Numerics(True, True, 127)
+        assert activation_params(0.0, 25.5, u8) == QuantParams(float(np.float32(0.1)), 0)
+        assert activation_params(-1.0, 1.55, u8).zero_point == 100
+        assert activation_params(3.0, 25.5, u8).zero_point == 0  # zero is put into the range
+        assert activation_params(-25.5, -3.0, u8).zero_point == 255
+        assert activation_params(-12.7, 3.0, s8).scale == pytest.approx(0.1)
+
+    @pytest.mark.parametrize("bound", [0.0, 1e-45, 1e-39])
+    def test_a_constant_or_vanishing_tensor_has_a_usable_scale(self, bound: float) -> None:
+        for numerics in SCHEMES:
+            assert activation_params(-bound, bound, numerics).scale == 1.0
+
+
+class TestWeights:
+    @given(weights, st.sampled_from(SCHEMES))
+    def test_codes_are_bounded_and_near(self, weight: NDArray[np.float32], numerics: Numerics) -> None:
+        codes, scale = quantize_weight(weight, numerics)
+        assert codes.dtype == np.int8 and codes.shape == weight.shape
+        assert scale.dtype == np.float32 and scale.shape == weight.shape[:1]
+        assert np.abs(codes.astype(int)).max() <= numerics.weight_max
+        error = np.abs(weight - dequantize_weight(codes, scale)).reshape(len(weight), -1).max(axis=1)
+        assert (error <= scale * (0.5 + 127 * 2**-22)).all()
+        assert (codes[weight == 0] == 0).all()
+
+    @given(weights, st.sampled_from(SCHEMES))
+    def test_rounding_again_changes_nothing(self, weight: NDArray[np.float32], numerics: Numerics) -> None:
+        once = dequantize_weight(*quantize_weight(weight, numerics))
+        np.testing.assert_allclose(dequantize_weight(*quantize_weight(once, numerics)), once, rtol=1e-5, atol=0)
+
+    def test_the_largest_weight_of_each_channel_has_the_largest_code(self) -> None:
+        weight = np.array([[0.6, -1.0], [2.0, 0.02], [0.0, 0.0]], np.float32)
+        codes, scale = quantize_weight(weight, Numerics(False, False, 63))
+        assert codes.tolist() == [[38, -63], [63, 1], [0, 0]]
+        np.testing.assert_allclose(scale[:2], [1 / 63, 2 / 63], rtol=1e-6)
+
+    def test_subnormal_weights_become_zero(self) -> None:
+        weight = np.full((2, 3), 1e-44, np.float32)
+        codes, scale = quantize_weight(weight, SCHEMES[0])
+        assert not codes.any() and (scale == 1).all()
+
+
+def every(graph: LayerGraph) -> dict[str, object]:
+    return {layer.name: INT8 for layer in graph.layers}
+
+
+def quantized(graph: LayerGraph, policy: Policy) -> dict[str, str]:
+    return dict(place(graph, policy).values)
+
+
+class TestPlace:
+    def test_fp32_places_nothing(self) -> None:
+        plan = place(residual_net(2), Policy())
+        assert (dict(plan.values), plan.layers, plan.observed) == ({}, (), ())
+
+    def test_a_whole_residual_net(self) -> None:
+        """Pairs stand at the input, behind each fused ReLU, on both inputs of an addition and behind it; the head
+        reads its own, and the logits stay float."""
+        graph = residual_net(2)
+        plan = place(graph, Policy(precisions=every(graph)))
+        expected = ["x", "relu_stem", "relu_0a", "conv_0b", "relu_0", "relu_1a", "conv_1b", "relu_1", "flatten"]
+        assert dict(plan.values) == {value: value for value in expected}
+        assert plan.observed == tuple(expected)
+        assert plan.layers == tuple(layer.name for layer in graph.layers)
+
+    def test_one_layer_alone(self) -> None:
+        graph = residual_net(2)
+        assert quantized(graph, Policy(precisions={"blocks.0.a": INT8})) == {
+            "relu_stem": "relu_stem",
+            "relu_0a": "relu_0a",
+        }
+        assert quantized(graph, Policy(precisions={"head": INT8})) == {"flatten": "flatten"}
+
+    def test_an_addition_runs_in_int8_when_all_it_reads_is_quantized(self) -> None:
+        graph = residual_net(2)
+        both = quantized(graph, Policy(precisions={"blocks.0.b": INT8, "stem": INT8}))
+        assert {"relu_stem", "conv_0b", "relu_0"} <= set(both)  # relu_0 stands behind the addition
+        only_branch = quantized(graph, Policy(precisions={"blocks.0.b": INT8}))
+        assert set(only_branch) == {"relu_0a", "conv_0b"}
+        # relu_0 is quantized by the addition, conv_1b by its layer: the second addition follows
+        chained = quantized(graph, Policy(precisions={"blocks.0.b": INT8, "stem": INT8, "blocks.1.b": INT8}))
+        assert "relu_1" in chained
+
+    def test_a_dropped_branch_leaves_no_trace(self) -> None:
+        graph = residual_net(2)
+        policy = graph.normalise(Policy({}, frozenset({"blocks.0"}), every(graph)))
+        plan = place(graph, policy)
+        assert not {"relu_0a", "conv_0b", "add_0"} & set(plan.values)
+        assert "blocks.0.a" not in plan.layers
+        # what read the addition reads the stream: the ReLU behind it is read by block 1, so it is quantized for it
+        assert set(plan.values) == {"x", "relu_stem", "relu_0", "relu_1a", "conv_1b", "relu_1", "flatten"}
+
+    def test_all_branches_dropped(self) -> None:
+        graph = residual_net(3)
+        policy = graph.normalise(Policy({}, frozenset(graph.branch_by_name), every(graph)))
+        assert set(quantized(graph, policy)) == {"x", "relu_stem", "flatten"}
+
+    def test_moved_values_share_the_scale_of_their_source(self) -> None:
+        """A concatenation of quantized values is quantized; pooling and reshaping only move its values."""
+        graph = concat_net()
+        assert quantized(graph, Policy(precisions=every(graph))) == {
+            "x": "x",
+            "relu_left": "relu_left",
+            "conv_right": "conv_right",
+            "relu_depth": "relu_depth",
+            "cat": "cat",
+            "view": "cat",
+        }
+
+    def test_a_concatenation_with_a_float_input_stays_float(self) -> None:
+        graph = concat_net()
+        found = quantized(graph, Policy(precisions={"left": INT8, "head": INT8}))
+        assert found == {"x": "x", "relu_left": "relu_left", "view": "view"}
+
+    def test_a_shortcut_of_slice_and_pad_keeps_the_streams_scale(self) -> None:
+        graph = residual_net(1)
+        nodes = list(graph.nodes)
+        place_of = {node.name: index for index, node in enumerate(nodes)}
+        add = nodes[place_of["add_0"]]
+        nodes[place_of["add_0"]] = replace(add, inputs=("pad", "conv_0b"))
+        shape = add.shape
+        nodes[place_of["add_0"] : place_of["add_0"]] = [
+            Node("slice", "slice", ("relu_stem",), shape),
+            Node("pad", "pad", ("slice",), shape),
+        ]
+        branch = Branch("blocks.0", "add_0", "pad", "conv_0b", graph.branches[0].layers)
+        shortcut = replace(graph, nodes=tuple(nodes), branches=(branch,))
+        found = quantized(shortcut, Policy(precisions=every(shortcut)))
+        assert found["pad"] == "relu_stem" and found["relu_stem"] == "relu_stem"
+        assert found["relu_0"] == "relu_0"
+        policy = shortcut.normalise(Policy({}, frozenset({"blocks.0"}), every(shortcut)))
+        assert "conv_0b" not in quantized(shortcut, policy)
+
+    def test_a_value_read_twice_is_quantized_before_its_activation(self) -> None:
+        """A convolution whose output is also read elsewhere cannot swallow the ReLU."""
+        layer = Layer("a", "conv", "conv", (4, 3, 1, 1), 16, (1, 1), (0, 0), (1, 1))
+        nodes = (
+            Node("x", "input", (), (3, 4, 4)),
+            Node("conv", "conv2d", ("x",), (4, 4, 4)),
+            Node("relu", "relu", ("conv",), (4, 4, 4)),
+            Node("mul", "mul", ("conv", "relu"), (4, 4, 4)),
+        )
+        graph = LayerGraph(nodes, "mul", (layer,), (), (), parameters_of((layer,)))
+        assert set(quantized(graph, Policy(precisions={"a": INT8}))) == {"x", "conv"}
+
+    @given(st.lists(st.booleans(), min_size=8, max_size=8), st.lists(st.booleans(), min_size=3, max_size=3))
+    def test_of_any_policy(self, int8: list[bool], drops: list[bool]) -> None:
+        graph = residual_net(3)
+        precisions = {layer.name: INT8 if chosen else FP32 for layer, chosen in zip(graph.layers, int8, strict=True)}
+        dropped = frozenset(branch.name for branch, drop in zip(graph.branches, drops, strict=True) if drop)
+        policy = graph.normalise(Policy({}, dropped, precisions))
+        plan = place(graph, policy)
+        assert set(plan.layers) == set(policy.precisions)
+        assert set(plan.observed) <= set(plan.values)
+        gone = {node for name in dropped for node in (f"conv_{name[-1]}a", f"conv_{name[-1]}b", f"add_{name[-1]}")}
+        assert not gone & set(plan.values) and "linear" not in plan.values
+        stream = {f"add_{k}": f"relu_{k - 1}" if k else "relu_stem" for k in range(3) if f"blocks.{k}" in dropped}
+        for name in plan.layers:
+            read = graph.node_by_name[graph.layer_by_name[name].node].inputs[0]
+            assert stream.get(read, read) in plan.values
