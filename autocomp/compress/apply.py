@@ -30,7 +30,7 @@ __all__ = ["Compressed", "compress", "structure"]
 
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
-RECALIBRATION_IMAGES, OBSERVED_IMAGES = 256, 256
+RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 192
 
 Tensors = Mapping[str, Tensor]
 Positions = Mapping[tuple[str, int], NDArray[np.int64]]

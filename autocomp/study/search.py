@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from autocomp.budget import parse_budgets
-from autocomp.engines import compare, device_lock, estimate, initializer_bytes
+from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ModelError
+from autocomp.hardware import LatencyTable
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Engine
@@ -18,7 +19,6 @@ from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
 from autocomp.study.study import FixedList, Plan, Study
-from autocomp.study.timings import TimingCache
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.verify import (
     Finalist,
@@ -75,7 +75,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
 
     Raises:
         InfeasibleError: no engine in the space meets the budget; the run is kept and marked.
-        StudyStopped: too many trials failed in a row.
+        StudyError: too many trials failed in a row.
     """
     notes: list[str] = []
 
@@ -98,10 +98,11 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         emitter=bench.emitter,
         backend=bench.backend,
         reference=prologue.reference,
+        reference_structure=structure_digest(bench.reference),
         scorer=scorer,
         limits=limits,
         protocol=TimingProtocol(),
-        cache=TimingCache(run.folder / "timings.jsonl"),
+        cache=LatencyTable(run.folder / "latencies.jsonl"),
         observer=observer,
     )
     probe_floor(bench, trials, observer)

@@ -10,7 +10,7 @@ from autocomp.protocols import Controller, Executor
 from autocomp.results import TrialResult
 from autocomp.study.run import Run
 
-__all__ = ["MAX_DUPLICATES", "MAX_FAILURES", "FixedList", "Plan", "Study", "StudyStopped"]
+__all__ = ["MAX_DUPLICATES", "MAX_FAILURES", "FixedList", "Plan", "Study", "StudyError"]
 
 MAX_DUPLICATES = 100
 """Duplicates in a row that end a study: the controller has nothing new to say."""
@@ -18,7 +18,7 @@ MAX_FAILURES = 10
 """Failed trials in a row that stop the run: something else than the policies is wrong."""
 
 
-class StudyStopped(AutocompError):
+class StudyError(AutocompError):
     """Too many trials failed one after the other; the message carries the last reason."""
 
 
@@ -62,7 +62,7 @@ class Study:
         """Evaluate until the plan's number of distinct policies has been, or its controller is dry.
 
         Raises:
-            StudyStopped: `MAX_FAILURES` trials in a row failed.
+            StudyError: `MAX_FAILURES` trials in a row failed.
         """
         self._observer(Phase(plan.role, plan.trials))
         past = iter(self._past_waves.get(plan.role, []))
@@ -121,7 +121,7 @@ class Study:
         last = self.of(role)[-MAX_FAILURES:]
         if len(last) == MAX_FAILURES and all(result.status == "failed" for result in last):
             stages = ", ".join(sorted({result.stage for result in last}))
-            raise StudyStopped(
+            raise StudyError(
                 f"{MAX_FAILURES} trials in a row failed (stage: {stages}); the last one said: {last[-1].error}"
             )
 

@@ -12,12 +12,12 @@ from autocomp.compress import Compressed
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import AutocompError
 from autocomp.graph import LayerGraph
+from autocomp.hardware import LatencyEntry, LatencyKey, LatencyTable
 from autocomp.outcome import Observer, Stage
 from autocomp.policy import Policy
 from autocomp.protocols import Backend, Engine
 from autocomp.results import Score, TimingProtocol, TrialResult
 from autocomp.study.score import Scorer
-from autocomp.study.timings import TimingCache
 
 __all__ = ["Emitter", "Goal", "Limits", "Trials"]
 
@@ -110,10 +110,11 @@ class Trials:
         graph: of the model.
         emitter: policies -> files.
         backend, reference: of the target, and the uncompressed engine on it.
+        reference_structure: digest of the uncompressed engine's structure.
         scorer: on the search split.
         limits: budgets and reference values.
         protocol: of the quick timing that guides the search.
-        cache: timings by structure.
+        cache: latencies measured before.
         observer: told of each stage.
     """
 
@@ -121,10 +122,11 @@ class Trials:
     emitter: Emitter
     backend: Backend
     reference: Engine
+    reference_structure: str
     scorer: Scorer
     limits: Limits
     protocol: TimingProtocol
-    cache: TimingCache
+    cache: LatencyTable
     observer: Observer
 
     @property
@@ -176,12 +178,12 @@ class Trials:
         )  # fmt: skip
 
     def _time(self, onnx: bytes) -> tuple[float, bool]:
-        key = structure_digest(onnx)
+        key = LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)
         known = self.cache.get(key)
         if known is not None:
-            return known, True
+            return known.ratio, True
         with self.backend.build(onnx) as engine, device_lock(self.device):
             timing = compare(engine, self.reference, self.protocol)
-        found = estimate(timing, "p50").ratio.value
-        self.cache.put(key, found, self.limits.latency_ms["p50"])
-        return found, False
+        found = estimate(timing, "p50")
+        self.cache.put(LatencyEntry(key, found.ratio.value, found.reference_ms.value))
+        return found.ratio.value, False

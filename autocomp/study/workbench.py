@@ -28,12 +28,15 @@ from autocomp.compress import (
 from autocomp.config import SearchConfig
 from autocomp.data import DataOptions, Splits, load_data
 from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
-from autocomp.errors import DataError, EngineError, ModelError
+from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
 from autocomp.protocols import Backend, Engine
+from autocomp.search import CONTROLLERS
 from autocomp.space import PolicySpace, SearchSpace
+from autocomp.study.executors import EXECUTORS
+from autocomp.study.score import load_metric
 from autocomp.study.trial import Emitter
 
 __all__ = [
@@ -147,6 +150,7 @@ def prepare(
     Raises:
         InputError: model, weights, data, space or engine do not fit; see the subclasses.
     """
+    _refuse_unknown_names(config)
     spec = backend_spec(config)
     backend = make_backend(spec)
     space_file = SearchSpace.load(resources.find("search_spaces", config.space))
@@ -183,6 +187,17 @@ def prepare(
 def backend_spec(config: SearchConfig) -> BackendSpec:
     """The engine a configuration names."""
     return BackendSpec(config.engine, config.resolved_batch(), config.threads, config.hardware)
+
+
+def _refuse_unknown_names(config: SearchConfig) -> None:
+    """What is made only later is looked up now, before anything is loaded or written."""
+    for kind, name, known in (
+        ("controller", config.controller, CONTROLLERS),
+        ("executor", config.executor, EXECUTORS),
+    ):
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}: use {', '.join(known)}")
+    load_metric(config.metric)
 
 
 def _data_options(config: SearchConfig) -> DataOptions:

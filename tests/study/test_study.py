@@ -10,7 +10,7 @@ from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
 from autocomp.study.run import Manifest, Run
-from autocomp.study.study import MAX_DUPLICATES, MAX_FAILURES, FixedList, Plan, Study, StudyStopped
+from autocomp.study.study import MAX_DUPLICATES, MAX_FAILURES, FixedList, Plan, Study, StudyError
 
 MANIFEST = Manifest("0.1.0", {}, [], {}, {}, {})
 POLICIES = [Policy({"a": a, "b": b}) for a in range(1, 9) for b in range(1, 9)]
@@ -116,7 +116,7 @@ def test_a_controller_that_repeats_itself_ends_the_study(tmp_path: Path) -> None
 
 def test_failures_in_a_row_stop_with_the_last_reason(tmp_path: Path) -> None:
     executor = Counting(failing=True)
-    with Run.create(tmp_path / "run", MANIFEST) as run, pytest.raises(StudyStopped, match=r"build.*refused: Foo"):
+    with Run.create(tmp_path / "run", MANIFEST) as run, pytest.raises(StudyError, match=r"build.*refused: Foo"):
         Study(run, executor, ignore).explore(Plan("search", FixedList(POLICIES), 60, 1))
     assert len(executor.evaluated) == MAX_FAILURES
 
