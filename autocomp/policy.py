@@ -153,7 +153,7 @@ class Recipe:
         seed: of every draw made while compressing.
     """
 
-    importance: Literal["group_l2", "least_error"] = "group_l2"
+    importance: Literal["group_l2", "least_error"] = "least_error"
     reconstruction: Literal["closed_form", "none"] = "closed_form"
     ridge: float = 1e-3
     recalibration: Literal["auto", "always", "never"] = "auto"

@@ -24,13 +24,13 @@ from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Recipe
-from autocomp.quantization import QuantParams, QuantPlan, place
+from autocomp.quantization import QuantParams, QuantPlan, place, round_biases
 
 __all__ = ["Compressed", "compress", "structure"]
 
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
-RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 192
+RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 128
 
 Tensors = Mapping[str, Tensor]
 Positions = Mapping[tuple[str, int], NDArray[np.int64]]
@@ -43,7 +43,7 @@ class Compressed:
     Attributes:
         policy: normalised.
         module: sliced and reconstructed, dropped branches bypassed, int8 values and weights as their codes stand for.
-        tensors: parameter -> float weights before int8 rounding.
+        tensors: parameter -> float weights before int8 rounding, and biases (of int8 layers on the engine's grid).
         params: quantized value -> its parameters.
         kept: pruned group -> channels that stayed.
         recalibrated: whether the batch norms' statistics were renewed.
@@ -171,6 +171,8 @@ def compress(
     with clock("quantize"):
         if observed is not None and plan.values:
             params = params_of(plan, observed.ranges, numerics)
+            rounded = round_biases(graph, policy, _arrays(tensors), params, numerics)
+            tensors = {**tensors, **{name: torch.from_numpy(bias) for name, bias in rounded.items()}}
             module = rebuild(traced.module, graph, round_weights(tensors, graph, plan.layers, numerics), branches)
             fake_quantize_activations(module, params, numerics)
     return Compressed(

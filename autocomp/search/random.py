@@ -1,4 +1,8 @@
-"""The honest baseline: every option of every decision is equally likely."""
+"""The honest baseline: every option of every decision is equally likely.
+
+Removing a branch is one more option beside its kept ratios, not one of two: drawn as often as not it would leave half
+of every network, and beating that proves nothing.
+"""
 
 import random
 from collections.abc import Collection, Sequence
@@ -47,14 +51,17 @@ class RandomController:
 @dataclass(frozen=True, slots=True)
 class _UniformSource:
     generator: random.Random
+    ratios: int
 
     def choose(self, decision: Decision) -> int:
+        if decision.kind == "branch" and len(decision.options) > 1:
+            return int(self.generator.randrange(self.ratios + 1) == 0)
         return self.generator.randrange(len(decision.options))
 
 
 def fresh(space: PolicySpace, generator: random.Random, seen: Collection[Policy]) -> Policy | None:
     """A uniformly drawn policy that is not in ``seen``, or None when `PATIENCE` draws in a row bring none."""
-    source = _UniformSource(generator)
+    source = _UniformSource(generator, len(space.ratios))
     for _ in range(PATIENCE):
         policy = space.suggest(source)
         if policy not in seen:

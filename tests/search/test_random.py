@@ -28,3 +28,11 @@ def test_it_learns_nothing() -> None:
     problem = Problem.drawn(policy_space(blocks=3), 0, 0.8)
     controller = make_controller("random", problem.space, 7)
     assert [r.policy for r in problem.search(make_controller("random", problem.space, 7), 12)] == controller.ask(12)
+
+
+def test_a_branch_is_dropped_as_often_as_one_of_its_ratios_is_chosen() -> None:
+    space = policy_space(blocks=6)
+    count = 2000
+    policies = make_controller("random", space, 0).ask(count)
+    share = sum(len(policy.dropped) for policy in policies) / (count * len(space.graph.branches))
+    assert abs(share - 1 / (1 + len(space.ratios))) < 0.02
