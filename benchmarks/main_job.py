@@ -50,6 +50,14 @@ def search(arguments: list[str], out: Path) -> dict[str, Any]:
     }
 
 
+def bounded(interval: dict[str, float] | None, form: str, factor: float = 1.0) -> str:
+    """A value with its bounds, as ``0.51 [0.49, 0.53]``."""
+    if interval is None:
+        return "-"
+    value, low, high = (form.format(factor * interval[key]) for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
 def describe(title: str, found: dict[str, Any]) -> None:
     rows = []
     for role in ("reference", "best", "uniform", "random"):
@@ -58,16 +66,13 @@ def describe(title: str, found: dict[str, Any]) -> None:
             rows.append([role, *["-"] * 6])
             continue
         timing, accuracy = row["timing"], row["accuracy"]
-        delta = accuracy["test_delta"]
         rows.append(
             [
                 role,
-                f"{timing['latency_ms']['value']:.2f} [{timing['latency_ms']['low']:.2f}, {timing['latency_ms']['high']:.2f}]",
-                f"{timing['ratio']['value']:.3f} [{timing['ratio']['low']:.3f}, {timing['ratio']['high']:.3f}]",
+                bounded(timing["latency_ms"], "{:.2f}"),
+                bounded(timing["ratio"], "{:.3f}"),
                 f"{100 * accuracy['test']:.2f}",
-                "-"
-                if delta is None
-                else f"{100 * delta['value']:+.2f} [{100 * delta['low']:+.2f}, {100 * delta['high']:+.2f}]",
+                bounded(accuracy["test_delta"], "{:+.2f}", 100),
                 f"{row['macs'] / 1e6:.1f}",
                 f"{row['size_bytes'] / 1e6:.3f}",
             ]

@@ -100,6 +100,10 @@ class LatencyTable:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def references_ms(self) -> list[float]:
+        """Times of the reference beside every entry, in the order of their first measurement."""
+        return [entry.reference_ms for entry in self._entries.values()]
+
     def get(self, key: LatencyKey) -> LatencyEntry | None:
         return self._entries.get(key)
 

@@ -116,7 +116,7 @@ def print_result(result: SearchResult, console: Console) -> None:
     """Print the closing table, the verdict, and what the user should know. Fits 80 columns."""
     rows = contender_rows(result)
     title = ESTIMATE if result.predicted else None
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, title=title, title_justify="left")
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, title=title, title_justify="left")
     headings = (f"latency\n{statistic(result)}, ms", "ratio\n", "accuracy\ntest", "change\npoints", "MACs\nsize")
     table.add_column("", no_wrap=True)
     for heading in headings:

@@ -33,21 +33,19 @@ def _extremes(bench: Workbench) -> list[Policy]:
 
 def probe_floor(bench: Workbench, trials: Trials, observer: Observer) -> None:
     """Refuse a budget that even the most compressed engines miss, before any trial is spent on it."""
-    limits = trials.limits
-    if limits.goal == "speed":
+    if trials.limits.goal == "speed":
         return
     observer(Phase("floor"))
-    graph = bench.traced.graph
-    reached: list[tuple[float, float, Policy]] = []
+    reached: list[tuple[float, int, int]] = []
     for policy in _extremes(bench):
-        skeleton = trials.emitter.skeleton(policy)
-        ratio = trials.ratio(policy)
-        worst = max(limits.violations(ratio, graph.macs(policy), initializer_bytes(skeleton)))
-        reached.append((worst, ratio, policy))
-        if worst <= FLOOR_MARGIN:
+        size_bytes = initializer_bytes(trials.emitter.skeleton(policy))
+        reached.append((trials.ratio(policy), bench.traced.graph.macs(policy), size_bytes))
+        if max(trials.current().violations(*reached[-1])) <= FLOOR_MARGIN:
             return
-    worst, ratio, policy = min(reached, key=lambda entry: entry[0])
-    raise InfeasibleError(_floor_line(limits, ratio, graph.macs(policy), worst))
+    limits = trials.current()
+    worst, (ratio, macs, _) = min((max(limits.violations(*found)), found) for found in reached)
+    if worst > FLOOR_MARGIN:
+        raise InfeasibleError(_floor_line(limits, ratio, macs, worst))
 
 
 def _floor_line(limits: Limits, ratio: float, macs: int, worst: float) -> str:

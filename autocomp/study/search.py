@@ -113,14 +113,19 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
             study.explore(plan)
     finally:
         executor.close()
-    refuse_if_none_feasible(study.results, trials.limits)
+    refuse_if_none_feasible(study.results, trials.current())
 
-    winners = _verified(bench, trials, study, run, observer)
-    run.record(
-        "choice",
-        contenders={role: finalist.trial.policy.to_json() for role, (finalist, _) in winners.items()},
-    )
-    contenders = _contenders(bench, trials, study, prologue, winners, reference, observer)
+    observer(Phase("selection"))
+    held_out = bench.splits.selection
+    selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, metric)
+    winners = _verified(bench, trials, study, selection, run, observer)
+    run.record("choice", contenders={role: found.trial.policy.to_json() for role, (found, _) in winners.items()})
+    tested = run.entries("test")
+    if tested:  # read before a stop; it is not read again
+        contenders = {role: Contender.from_json(role, row) for role, row in tested[0]["contenders"].items()}
+    else:
+        contenders = _contenders(bench, trials, study, selection, winners, reference, observer)
+        run.record("test", contenders={role: row.to_json() for role, row in contenders.items()})
     best = contenders.get("best")
     result = SearchResult(
         verified=best is not None and best.verified,
@@ -191,13 +196,10 @@ def _plans(bench: Workbench) -> list[Plan]:
 
 
 def _verified(
-    bench: Workbench, trials: Trials, study: Study, run: Run, observer: Observer
+    bench: Workbench, trials: Trials, study: Study, selection: Scorer, run: Run, observer: Observer
 ) -> dict[str, tuple[Finalist, Verdict]]:
     """Role -> its admitted finalist, or the last one tried; the search's own is called ``best``."""
-    observer(Phase("selection"))
     attempts = bench.config.finalists
-    split = bench.splits.selection
-    selection = Scorer(split, predict(trials.reference, split), bench.splits.labelled, trials.scorer.metric)
     past = {entry["role"]: entry["finalists"] for entry in run.entries("finalists")}
     finalists: dict[str, list[Finalist]] = {}
     for role in ("search", "uniform", "random"):
@@ -222,7 +224,7 @@ def _contenders(
     bench: Workbench,
     trials: Trials,
     study: Study,
-    prologue: Prologue,
+    selection: Scorer,
     winners: Mapping[str, tuple[Finalist, Verdict]],
     reference: LatencyEstimate,
     observer: Observer,
@@ -237,12 +239,15 @@ def _contenders(
         reference = LatencyEstimate(
             verified.statistic, verified.reference_ms, verified.reference_ms, Interval(1.0, 1.0, 1.0), verified.samples
         )
+    search, held_out, test = (
+        found.accuracy if labelled else None for found in (trials.scorer.reference, selection.reference, baseline)
+    )
+    limits = trials.limits
     rows = {
         "reference": Contender(
-            "reference", Policy(), reference, prologue.split_accuracy, None, baseline.accuracy if labelled else None,
-            None, trials.limits.macs, trials.limits.size_bytes, False, 0,
+            "reference", Policy(), reference, search, held_out, test, None, limits.macs, limits.size_bytes, False, 0
         )
-    }  # fmt: skip
+    }
     for role, (finalist, verdict) in winners.items():
         trial = finalist.trial
         with bench.backend.build(trials.emitter.emit(trials.emitter.compress(trial.policy))) as engine:

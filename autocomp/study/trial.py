@@ -2,9 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from statistics import median
 from time import perf_counter
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from autocomp.budget import Budget
 from autocomp.capabilities import DeviceInfo
@@ -62,6 +63,10 @@ class Limits:
     def violations(self, ratio: float, macs: int, size_bytes: int) -> tuple[float, ...]:
         """value / limit - 1 for each budget; latency statistics are scaled by the measured ratio of medians."""
         return tuple(self._violation(budget, ratio, macs, size_bytes) for budget in self.budgets)
+
+    def scaled(self, factor: float) -> Self:
+        """The same with the uncompressed engine's latencies multiplied."""
+        return replace(self, latency_ms={name: factor * value for name, value in self.latency_ms.items()})
 
     def _violation(self, budget: Budget, ratio: float, macs: int, size_bytes: int) -> float:
         if budget.metric == "latency":
@@ -148,18 +153,29 @@ class Trials:
         """Measured latency over the reference's, from the cache where this structure was timed before."""
         return self._time(self.emitter.skeleton(policy))[0]
 
+    def current(self) -> Limits:
+        """The limits with the uncompressed engine's latency as the run has seen it so far.
+
+        An absolute budget is compared with a ratio times this latency. The median over all timings forgets a machine
+        that was busy when the first one was taken.
+        """
+        first = self.limits.latency_ms["p50"]
+        return self.limits.scaled(median([first, *self.cache.references_ms()]) / first)
+
     def _evaluate(self, number: int, role: str, policy: Policy, watch: _Stopwatch) -> TrialResult:
         with watch.at("emit"):
             skeleton = self.emitter.skeleton(policy)
             macs, size_bytes = self.graph.macs(policy), initializer_bytes(skeleton)
         with watch.at("time"):
             ratio, cached = self._time(skeleton)
-        violations = self.limits.violations(ratio, macs, size_bytes)
-        latency_ms = ratio * self.limits.latency_ms["p50"]
+        limits = self.current()
+        violations = limits.violations(ratio, macs, size_bytes)
+        reference_ms = limits.latency_ms["p50"]
+        latency_ms = ratio * reference_ms
         if any(violation > 0 for violation in violations):
             return TrialResult(
                 number, role, policy, "infeasible", violations + self.limits.loss(None),
-                latency_ms=latency_ms, reference_ms=self.limits.latency_ms["p50"], macs=macs, size_bytes=size_bytes,
+                latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
                 stage=watch.stage, cached_timing=cached, seconds=watch.seconds,
             )  # fmt: skip
         with watch.at("compress"):
@@ -173,7 +189,7 @@ class Trials:
         return TrialResult(
             number, role, policy, "ok", violations + self.limits.loss(score),
             objective=self.limits.objective(score, ratio), score=score,
-            latency_ms=latency_ms, reference_ms=self.limits.latency_ms["p50"], macs=macs, size_bytes=size_bytes,
+            latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
             cached_timing=cached, seconds=watch.seconds,
         )  # fmt: skip
 

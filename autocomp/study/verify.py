@@ -82,7 +82,7 @@ def select(
             with device_lock(trials.device):
                 timing = compare(engine, trials.reference, longer)
             ratio = estimate(timing, "p50").ratio
-            over = trials.limits.violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
+            over = trials.current().violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
             if any(violation > 0 for violation in over):
                 continue
             chosen.append(Finalist(trial, selection.score(engine)))
@@ -151,14 +151,15 @@ def verify_role(
 ) -> tuple[Finalist, Verdict] | None:
     """Try finalists in order, at most ``attempts``; the first admitted wins, else the last tried is returned.
 
-    Every verdict is journaled and none is asked twice: a finalist that failed is not timed again until it passes.
+    Every verdict is journaled and none is asked twice, for whatever role: a finalist that failed is not timed again
+    until it passes.
     """
-    past = {(e["role"], e["policy"]): e for e in run.entries("verdict")}
+    past = {entry["policy"]: entry for entry in run.entries("verdict")}
     last: tuple[Finalist, Verdict] | None = None
     for finalist in finalists[:attempts]:
         trial = finalist.trial
         observer(Stage(trial.number, trial.role, "verify"))
-        known = past.get((trial.role, trial.policy.digest))
+        known = past.get(trial.policy.digest)
         if known is not None:
             latency = LatencyEstimate.from_json(known["latency"])
             verdict = Verdict(known["admitted"], latency, known["size_bytes"], known["reason"])

@@ -1,5 +1,7 @@
 """Importance and the closed-form solve, against brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -108,7 +110,7 @@ def test_the_largest_channels_stay_and_the_earlier_of_equals(chain: Case) -> Non
     tensors = tensors_of(chain.traced.module)
     tensors = {**tensors, "conv1.weight": torch.ones(8, 3, 3, 3), "conv2.weight": torch.ones(6, 8, 3, 3)}
     tensors["conv1.weight"][5] = 2.0
-    orders = order_channels(chain.traced.graph, tensors, {}, Recipe())
+    orders = order_channels(chain.traced.graph, tensors, {}, Recipe(importance="group_l2"))
     assert orders["conv1"] == (7, 6, 4, 3, 2, 1, 0, 5)
     assert select(orders, Policy({"conv1": 3})) == {"conv1": (0, 1, 5)}
 
@@ -149,7 +151,8 @@ def test_least_error_prunes_better_than_magnitude(mixed: Case) -> None:
         compressed = compress(mixed.traced, found, policy, recipe, UNSIGNED, mixed.images)
         return float((run(compressed.module, mixed.images) - reference).square().mean())
 
-    assert error(statistics) < error(mixed.statistics)
+    magnitude = collect(mixed.traced, mixed.images, replace(recipe, importance="group_l2"))
+    assert error(statistics) < error(magnitude)
 
 
 def test_moments_are_those_of_the_unfolded_inputs(chain: Case) -> None:
