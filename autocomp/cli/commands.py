@@ -77,7 +77,7 @@ def search(
     threads: Threads = None,
     batch: Batch = None,
     space: Annotated[Text, typer.Option(help="search space, by name or file [default]")] = None,
-    controller: Annotated[Text, typer.Option(help="random, tpe or nsga2 [tpe]")] = None,
+    controller: Annotated[Text, typer.Option(help="evolution, tpe, nsga2 or random [evolution]")] = None,
     trials: Annotated[Whole, typer.Option(help="policies to evaluate [60]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,

@@ -5,6 +5,7 @@ from autocomp.compress.arrays import logits_of, to_tensor
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
+from autocomp.compress.sensitivity import branch_costs
 from autocomp.compress.statistics import Statistics, collect
 from autocomp.compress.surgery import run
 from autocomp.compress.tracing import Traced, trace
@@ -15,6 +16,7 @@ __all__ = [
     "Norm",
     "Statistics",
     "Traced",
+    "branch_costs",
     "collect",
     "compress",
     "export_compressed",

@@ -58,7 +58,8 @@ def merge(timings: Sequence[Timing], max_drift: float) -> Timing:
     if not blocks:
         return Timing((), rejected)
     medians = np.array([np.median(block.reference_ms) for block in blocks])
-    steady = np.abs(medians / np.median(medians) - 1) <= max_drift
+    middle = np.quantile(medians, 0.5, method="lower")  # one of them, so that never all are rejected
+    steady = np.abs(medians / middle - 1) <= max_drift
     kept = tuple(block for block, keep in zip(blocks, steady, strict=True) if keep)
     return Timing(kept, rejected + len(blocks) - len(kept))
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from autocomp.errors import ConfigError
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
+from autocomp.search.evolution import EvolutionController
 from autocomp.search.initial import warm_start
 from autocomp.search.random import RandomController
 from autocomp.space import PolicySpace
@@ -32,7 +33,9 @@ def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controll
     return SamplerController(space, seed, initial, NSGA2)
 
 
-CONTROLLERS: Mapping[str, Factory] = MappingProxyType({"random": RandomController, "tpe": _tpe, "nsga2": _nsga2})
+CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
+    {"evolution": EvolutionController, "random": RandomController, "tpe": _tpe, "nsga2": _nsga2}
+)
 
 
 def make_controller(name: str, space: PolicySpace, seed: int, initial: Sequence[Policy] = ()) -> Controller:

@@ -8,8 +8,11 @@ from autocomp.space import PolicySpace
 
 __all__ = ["checked", "warm_start"]
 
+SHORTENED = 4
+"""Branches dropped together, at most, in policies that drop the cheapest ones."""
 
-def warm_start(space: PolicySpace, limit: int) -> tuple[Policy, ...]:
+
+def warm_start(space: PolicySpace, limit: int, cheapest: Sequence[str] = ()) -> tuple[Policy, ...]:
     """Hand-made policies, the most promising first.
 
     The uncompressed model; the lowest precision unpruned; then, at the lowest precision, one kept ratio for the
@@ -17,11 +20,13 @@ def warm_start(space: PolicySpace, limit: int) -> tuple[Policy, ...]:
     Early groups come first because they run at the highest resolution: they save most time for what they cost.
     The ratios are taken from the middle outwards, so that a short list spans the range. Behind the first ratio
     stand the smallest engines, with every second and with all branches dropped: under a tight budget they may be the
-    only ones that hold it, and a sampler then knows which way to go.
+    only ones that hold it, and a sampler then knows which way to go. Then come the policies without the branches that
+    are cheapest to lose, one more each time, unpruned and at the middle ratio.
 
     Args:
         space: what may be proposed; what it does not hold is left out.
         limit: how many at most.
+        cheapest: removable branches, the one whose loss costs least first; none where that is not known.
     """
     depth = {layer.name: index for index, layer in enumerate(space.graph.layers)}
     pruned = [decision.name for decision in space.decisions if decision.kind == "channels"]
@@ -40,7 +45,13 @@ def warm_start(space: PolicySpace, limit: int) -> tuple[Policy, ...]:
         space.graph.normalise(Policy(smallest.kept, frozenset(dropped), smallest.precisions))
         for dropped in (branches[1::2], branches)
     ]
-    policies = chain((Policy(), space.nearest({}, lowest)), ladder[: len(spans)], without, ladder[len(spans) :])
+    unpruned, middle = space.nearest({}, lowest), ladder[2] if ladder else space.nearest({}, lowest)
+    shortened = [
+        space.graph.normalise(Policy(policy.kept, frozenset(cheapest[:count]), policy.precisions))
+        for count in range(1, 1 + min(SHORTENED, len(cheapest)))
+        for policy in dict.fromkeys((unpruned, middle))
+    ]
+    policies = chain((Policy(), unpruned), ladder[: len(spans)], without, shortened, ladder[len(spans) :])
     return tuple(islice(dict.fromkeys(policy for policy in policies if space.contains(policy)), limit))
 
 

@@ -186,7 +186,7 @@ def _plans(bench: Workbench) -> list[Plan]:
     """The search, then both baselines with as many evaluations."""
     config, space = bench.config, bench.space
     granted = config.resolved_baseline_trials()
-    controller = make_controller(config.controller, space, config.seed, warm_start(space, WARM_STARTS))
+    controller = make_controller(config.controller, space, config.seed, warm_start(space, WARM_STARTS, bench.cheapest))
     plans = [Plan("search", controller, config.trials, config.wave)]
     if granted:
         uniform = space.uniform()[:granted]

@@ -17,7 +17,7 @@ __all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verificat
 
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
-LOOKED_AT = 5
+LOOKED_AT = 10
 """Times the number of finalists: how many feasible trials are timed again at most to find them."""
 
 

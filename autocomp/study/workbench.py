@@ -16,6 +16,7 @@ from autocomp.compress import (
     Compressed,
     Statistics,
     Traced,
+    branch_costs,
     collect,
     compress,
     export_compressed,
@@ -105,6 +106,7 @@ class Workbench:
         emitter: policies -> files.
         recipe: of compression.
         reference: the uncompressed fp32 model's ONNX.
+        cheapest: removable branches, the one whose loss costs least first.
         notes: lines the user should read.
     """
 
@@ -118,6 +120,7 @@ class Workbench:
     emitter: Emitter
     recipe: Recipe
     reference: bytes
+    cheapest: tuple[str, ...]
     notes: tuple[str, ...]
 
     @property
@@ -176,12 +179,14 @@ def prepare(
     observer(Phase("statistics"))
     recipe = recipe or Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
     images = _first(splits, recipe.images)
-    compressor = (traced, collect(traced, to_tensor(images), recipe), recipe, capabilities.numerics, images)
+    statistics = collect(traced, to_tensor(images), recipe)
+    costs = branch_costs(traced, statistics, to_tensor(images))
+    compressor = (traced, statistics, recipe, capabilities.numerics, images)
     emitter, notes = _emitter(compressor, backend)
     reference = emitter.emit(emitter.compress(Policy()))
-    return Workbench(
-        config, model, splits, traced, space, spec, backend, emitter, recipe, reference, (*traced.notes, *notes)
-    )
+    cheapest = tuple(sorted(costs, key=costs.__getitem__))
+    notes = (*traced.notes, *notes)
+    return Workbench(config, model, splits, traced, space, spec, backend, emitter, recipe, reference, cheapest, notes)
 
 
 def backend_spec(config: SearchConfig) -> BackendSpec:

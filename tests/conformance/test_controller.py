@@ -139,7 +139,7 @@ def test_an_exhausted_space_ends_with_an_empty_wave(name: str) -> None:
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones(space: PolicySpace) -> None:
-    with pytest.raises(ConfigError, match=r"bayes.*random.*tpe.*nsga2"):
+    with pytest.raises(ConfigError, match=r"bayes.*evolution.*random.*tpe.*nsga2"):
         make_controller("bayes", space, 0)
 
 

@@ -38,6 +38,15 @@ def test_every_entry_is_legal_and_new(space: PolicySpace) -> None:
     assert {len(policy.dropped) for policy in policies} == {0, 3, 6}
 
 
+def test_the_cheapest_branches_go_one_after_the_other(space: PolicySpace) -> None:
+    order = ["blocks.4", "blocks.1", "blocks.2", "blocks.0", "blocks.3"]
+    without = [policy.dropped for policy in warm_start(space, 100, order) if 0 < len(policy.dropped) < 5]
+    expected = [frozenset(order[:count]) for count in (1, 2, 3, 4)]
+    assert [dropped for dropped in dict.fromkeys(without) if dropped in expected] == expected
+    unpruned, middle = (policy for policy in warm_start(space, 100, order) if policy.dropped == expected[0])
+    assert not unpruned.kept and all(count == 8 for count in middle.kept.values())
+
+
 def test_the_limit_holds(space: PolicySpace) -> None:
     assert [len(warm_start(space, limit)) for limit in (0, 1, 4)] == [0, 1, 4]
 

@@ -8,7 +8,7 @@ from autocomp.search import make_controller, warm_start
 from tests.search.problem import Problem, best, policy_space
 
 
-@pytest.mark.parametrize(("name", "share"), [("tpe", 0.8), ("nsga2", 1.0)])
+@pytest.mark.parametrize(("name", "share"), [("evolution", 0.8), ("tpe", 0.8), ("nsga2", 1.0)])
 def test_better_than_uniform_draws(name: str, share: float) -> None:
     space = policy_space(blocks=4)
     found: dict[str, list[float]] = {name: [], "random": []}
@@ -19,20 +19,22 @@ def test_better_than_uniform_draws(name: str, share: float) -> None:
     assert median(found[name]) < share * median(found["random"])
 
 
-def test_near_the_optimum_of_a_small_space() -> None:
+@pytest.mark.parametrize("name", ["evolution", "tpe"])
+def test_near_the_optimum_of_a_small_space(name: str) -> None:
     space = policy_space(blocks=2, kept=(1.0, 0.75, 0.5))
     for seed in range(3):
         problem = Problem.drawn(space, seed, limit=0.6)
-        reached = best(problem.search(make_controller("tpe", space, seed, warm_start(space, 12)), space.size // 25))
+        reached = best(problem.search(make_controller(name, space, seed, warm_start(space, 12)), space.size // 25))
         assert problem.optimum() <= reached <= 1.2 * problem.optimum()
 
 
-def test_a_tight_budget_is_met_from_the_warm_start() -> None:
+@pytest.mark.parametrize("name", ["evolution", "tpe"])
+def test_a_tight_budget_is_met_from_the_warm_start(name: str) -> None:
     """Where only policies without some branches are fast enough, the search starts among them and goes on."""
     space = policy_space(blocks=9)
     problem = Problem.drawn(space, seed=0, limit=0.45)
     initial = warm_start(space, 24)
-    first = problem.search(make_controller("tpe", space, 0, initial), len(initial))
-    results = problem.search(make_controller("tpe", space, 0, initial), 72)
+    first = problem.search(make_controller(name, space, 0, initial), len(initial))
+    results = problem.search(make_controller(name, space, 0, initial), 72)
     drawn = problem.search(make_controller("random", space, 0), 72)
     assert best(results) < best(first) < best(drawn)
