@@ -78,7 +78,7 @@ def search(
     batch: Batch = None,
     space: Annotated[Text, typer.Option(help="search space, by name or file [default]")] = None,
     controller: Annotated[Text, typer.Option(help="evolution, tpe, nsga2 or random [evolution]")] = None,
-    trials: Annotated[Whole, typer.Option(help="policies to evaluate [60]")] = None,
+    trials: Annotated[Whole, typer.Option(help="policies to evaluate [48]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,
     executor: Annotated[Text, typer.Option(help="where trials run [local]")] = None,

@@ -18,6 +18,7 @@ from autocomp.study.executors import make_executor
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
+from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.verify import (
@@ -200,6 +201,7 @@ def _verified(
 ) -> dict[str, tuple[Finalist, Verdict]]:
     """Role -> its admitted finalist, or the last one tried; the search's own is called ``best``."""
     attempts = bench.config.finalists
+    patience = Patience(observer)
     past = {entry["role"]: entry["finalists"] for entry in run.entries("finalists")}
     finalists: dict[str, list[Finalist]] = {}
     for role in ("search", "uniform", "random"):
@@ -208,13 +210,13 @@ def _verified(
             by_policy = {result.policy.digest: result for result in results}
             finalists[role] = [Finalist(by_policy[f["policy"]], Score(**f["selection"])) for f in past[role]]
             continue
-        finalists[role] = select(trials, results, selection, attempts, observer)
+        finalists[role] = select(trials, results, selection, attempts, patience, observer)
         kept = [{"policy": f.trial.policy.digest, "selection": f.selection.to_json()} for f in finalists[role]]
         run.record("finalists", role=role, finalists=kept)
     observer(Phase("verify", sum(len(entries) for entries in finalists.values())))
     winners = {}
     for role, entries in finalists.items():
-        found = verify_role(run, trials, entries, bench.reference, bench.spec, attempts, observer)
+        found = verify_role(run, trials, entries, bench.reference, bench.spec, attempts, patience, observer)
         if found is not None:
             winners["best" if role == "search" else role] = found
     return winners

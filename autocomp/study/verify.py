@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 
 from autocomp.budget import Budget
 from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh
 from autocomp.errors import EngineError
 from autocomp.outcome import Note, Observer, Stage
+from autocomp.protocols import Engine
 from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
+from autocomp.study.steady import Patience
 from autocomp.study.trial import Limits, Trials
 
 __all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verification_protocol", "verify_role"]
 
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
-LOOKED_AT = 10
+LOOKED_AT = 5
 """Times the number of finalists: how many feasible trials are timed again at most to find them."""
 
 
@@ -60,7 +63,12 @@ def verification_protocol(statistics: Sequence[str], builds: int = 3, blocks: in
 
 
 def select(
-    trials: Trials, results: Sequence[TrialResult], selection: Scorer, count: int, observer: Observer
+    trials: Trials,
+    results: Sequence[TrialResult],
+    selection: Scorer,
+    count: int,
+    patience: Patience,
+    observer: Observer,
 ) -> list[Finalist]:
     """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
 
@@ -71,7 +79,6 @@ def select(
         (result for result in results if result.feasible and result.objective is not None),
         key=lambda result: (result.objective, result.latency_ms, result.policy.digest),
     )
-    longer = TimingProtocol(warmup_ms=100.0, blocks=15, block_ms=40.0)
     chosen: list[Finalist] = []
     for trial in feasible[: LOOKED_AT * count]:
         if len(chosen) == count:
@@ -79,14 +86,20 @@ def select(
         observer(Stage(trial.number, trial.role, "select"))
         onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
         with trials.backend.build(onnx) as engine:
-            with device_lock(trials.device):
-                timing = compare(engine, trials.reference, longer)
+            usual = trials.current()
+            timing = patience.measure(partial(_compare, trials, engine), usual.latency_ms["p50"])
             ratio = estimate(timing, "p50").ratio
-            over = trials.current().violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
+            over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
             if any(violation > 0 for violation in over):
                 continue
             chosen.append(Finalist(trial, selection.score(engine)))
     return _ordered(chosen, trials.limits)
+
+
+def _compare(trials: Trials, engine: Engine) -> Timing:
+    """A longer timing than the search's, on the engines at hand."""
+    with device_lock(trials.device):
+        return compare(engine, trials.reference, TimingProtocol(warmup_ms=100.0, blocks=15, block_ms=40.0))
 
 
 def _ordered(finalists: Sequence[Finalist], limits: Limits) -> list[Finalist]:
@@ -105,15 +118,19 @@ def admit(
     macs: int,
     confidence: float,
     protocol: TimingProtocol,
+    patience: Patience,
 ) -> Verdict:
     """Measure a finalist on fresh engines in fresh processes and judge every budget at its upper bound.
 
     A relative latency budget is judged on the paired ratio of interleaved blocks, an absolute one on the raw times.
 
     Args:
+        limits: with the latency that the uncompressed engine usually has.
         confidence: of the two-sided bounds; 1 - 0.05 / K when at most K finalists are tried.
+        patience: waits for the device to run as usual.
     """
-    timing = measure_fresh(spec, onnx, reference, protocol)
+    take = partial(measure_fresh, spec, onnx, reference, protocol)
+    timing = patience.measure(take, limits.latency_ms["p50"])
     size_bytes = initializer_bytes(onnx)
     reasons = [
         reason
@@ -147,6 +164,7 @@ def verify_role(
     reference: bytes,
     spec: BackendSpec,
     attempts: int,
+    patience: Patience,
     observer: Observer,
 ) -> tuple[Finalist, Verdict] | None:
     """Try finalists in order, at most ``attempts``; the first admitted wins, else the last tried is returned.
@@ -167,7 +185,9 @@ def verify_role(
             onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
             try:
                 protocol = verification_protocol(statistics_of(trials.limits.budgets))
-                verdict = admit(onnx, reference, spec, trials.limits, trial.macs or 0, 1 - 0.05 / attempts, protocol)
+                verdict = admit(
+                    onnx, reference, spec, trials.current(), trial.macs or 0, 1 - 0.05 / attempts, protocol, patience
+                )
             except EngineError as error:
                 observer(Note(f"{trial.role}: trial {trial.number} could not be verified: {error}"))
                 continue

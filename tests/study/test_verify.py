@@ -9,14 +9,20 @@ import pytest
 
 from autocomp.budget import parse_budgets
 from autocomp.engines import BackendSpec
+from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
-from autocomp.results import Interval, LatencyEstimate, Score, TrialResult
+from autocomp.results import Block, Interval, LatencyEstimate, Score, Timing, TrialResult
 from autocomp.study import verify
 from autocomp.study.run import Manifest, Run
+from autocomp.study.steady import Patience
 from autocomp.study.trial import Limits
 from autocomp.study.verify import Finalist, Verdict, statistics_of, verification_protocol, verify_role
 
 BUDGETS = parse_budgets(["15ms", "p95:0.5x", "20MMACs", "0.25xMB"])
+
+
+def ignore(event: Event) -> None:
+    del event
 
 
 def limits(goal: str = "accuracy") -> Limits:
@@ -78,9 +84,10 @@ def ask(monkeypatch: pytest.MonkeyPatch, run: Run) -> Any:
 
         monkeypatch.setattr(verify, "admit", admit)
         emitter = SimpleNamespace(compress=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
-        trials: Any = SimpleNamespace(emitter=emitter, limits=limits())
+        trials: Any = SimpleNamespace(emitter=emitter, limits=limits(), current=limits)
+        patience = Patience(ignore)
         finalists = [finalist(number) for number in range(count)]
-        found = verify_role(run, trials, finalists, b"", BackendSpec(), attempts, lambda event: None)
+        found = verify_role(run, trials, finalists, b"", BackendSpec(), attempts, patience, ignore)
         return (None, None, measured) if found is None else (found[0].trial.number, found[1].admitted, measured)
 
     return go
@@ -101,3 +108,24 @@ def test_a_finalist_that_failed_is_not_measured_again_until_it_passes(ask: Any) 
 
 def test_no_finalist_no_winner(ask: Any) -> None:
     assert ask([], attempts=3, count=0) == (None, None, [])
+
+
+def timing(reference_ms: float) -> Timing:
+    return Timing(tuple(Block(0, (5.0,) * 3, (reference_ms,) * 3) for _ in range(4)))
+
+
+def test_a_busy_device_is_waited_for_and_what_it_measured_is_thrown_away() -> None:
+    found, pauses, told = iter([13.0, 8.0, 10.5, 99.0]), [], []
+    patience = Patience(told.append, (1.0, 2.0, 4.0), pauses.append)
+    kept = patience.measure(lambda: timing(next(found)), usual_ms=10.0)
+    assert kept == timing(10.5)
+    assert pauses == [1.0, 2.0]
+    assert all(isinstance(event, Note) and "instead of 10.0 ms" in event.text for event in told)
+
+
+def test_waiting_ends_and_the_last_measurement_counts() -> None:
+    pauses: list[float] = []
+    patience = Patience(ignore, (1.0, 2.0), pauses.append)
+    assert patience.measure(lambda: timing(20.0), usual_ms=10.0) == timing(20.0)
+    assert patience.measure(lambda: timing(20.0), usual_ms=10.0) == timing(20.0)
+    assert pauses == [1.0, 2.0]
