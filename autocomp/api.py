@@ -5,23 +5,24 @@ import shlex
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
 from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend
-from autocomp.errors import AutocompError, InfeasibleError, InputError, RunError
+from autocomp.errors import AutocompError, EngineError, InfeasibleError, InputError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Event, Observer, SearchResult
 from autocomp.report import write_report
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
-from autocomp.study.run import Manifest, Run, read_manifest
+from autocomp.study.run import Manifest, Run, read_manifest, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.verify import verification_protocol
-from autocomp.study.workbench import Workbench, package_versions, prepare
+from autocomp.study.workbench import Workbench, data_options, package_versions, prepare
 
 __all__ = ["Interrupted", "apply_policy", "load_result", "measure", "resume", "run_search", "search"]
 
@@ -63,18 +64,18 @@ def search(
     """
     flags: dict[str, object] = dict(settings)
     flags["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
-    live_model, splits = None, None
-    if isinstance(data, str) or data is None:
-        flags["data"] = data
-    else:
-        splits = splits_from_objects(data)
-        flags["data"] = LIVE + type(data).__name__
+    flags.update({name: str(value) for name, value in settings.items() if isinstance(value, PathLike)})
+    flags["data"] = data if isinstance(data, str) or data is None else LIVE + type(data).__name__
+    live_model = None
     if isinstance(model, str) or model is None:
         flags["model"] = model
     else:
         live_model = wrap_model(model)
         flags["model"] = LIVE + type(model).__name__
-    return run_search(load_config(None, flags), observer, live_model, splits)
+    config = load_config(None, flags)
+    live_data = not (isinstance(data, str) or data is None)
+    splits = splits_from_objects(data, data_options(config)) if live_data else None
+    return run_search(config, observer, live_model, splits)
 
 
 def run_search(
@@ -105,6 +106,8 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
         RunError: the folder is no run, is in use, is damaged, or something it depends on has changed.
     """
     manifest = read_manifest(run)
+    if manifest.version != package_versions().get("autocomp", "unknown"):
+        raise RunError(f"{run} was written by autocomp {manifest.version}: go on with that version")
     if manifest.status in ("verified", "unverified") and (run / "result.json").exists():
         return load_result(run)
     config = SearchConfig.from_json(manifest.config)
@@ -112,10 +115,14 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or _silent
     with Run.open(run) as opened:
-        bench = prepare(config, watch)
-        _refuse_changes(opened, bench)
+        try:
+            bench = prepare(config, watch)
+            _refuse_changes(opened, bench)
+            prologue = begin(bench)
+        except KeyboardInterrupt:
+            raise Interrupted(run) from None
         opened.set_status("running")
-        with begin(bench) as prologue:
+        with prologue:
             return _conduct(bench, prologue, opened, watch)
 
 
@@ -148,6 +155,8 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
     shipped = ShippedPolicy.read(policy)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already and is not empty: choose another --out")
+    if shipped.settings:
+        config = SearchConfig.from_json({**config.to_json(), **shipped.settings})
     bench = prepare(config, _silent, recipe=shipped.recipe if shipped.digests else None)
     for name, digest in (shipped.digests or {}).items():
         if bench.digests.get(name) != digest:
@@ -173,8 +182,7 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
         reference: another file to interleave with and to give the ratio to; the file itself where None.
 
     Raises:
-        InputError: a file is missing.
-        EngineError: the runtime refuses it.
+        InputError: a file is missing, or the runtime refuses it.
     """
     files = [onnx, reference or onnx]
     for path in files:
@@ -182,7 +190,11 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
             raise InputError(f"no file {path}: give an ONNX model")
     backend = make_backend(spec)
     protocol = verification_protocol((statistic,), builds=1, blocks=30)
-    with backend.build(files[0].read_bytes()) as candidate, backend.build(files[1].read_bytes()) as other:
+    try:
+        engines = [backend.build(path.read_bytes()) for path in files]
+    except EngineError as error:
+        raise InputError(str(error)) from error
+    with engines[0] as candidate, engines[1] as other:
         with device_lock(backend.device):
             timing = compare(candidate, other, protocol)
         return estimate(timing, statistic)
@@ -191,7 +203,8 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
 def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
     """Search and leave the run in a state that says how it ended."""
     try:
-        result = run_study(bench, prologue, run, observer)
+        with storage_errors(run.folder):
+            result = run_study(bench, prologue, run, observer)
     except KeyboardInterrupt:
         run.set_status("interrupted")
         raise Interrupted(run.folder) from None
@@ -199,7 +212,7 @@ def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer)
         write_table(run, [TrialResult.from_json(entry["result"]) for entry in run.entries("trial")])
         run.set_status("infeasible")
         raise
-    except AutocompError:
+    except Exception:
         run.set_status("failed")
         raise
     run.set_status("verified" if result.verified else "unverified")
@@ -227,8 +240,6 @@ def _refuse_changes(run: Run, bench: Workbench) -> None:
             raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
     if run.manifest.device != bench.backend.device.to_json():
         raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
-    if run.manifest.version != package_versions().get("autocomp", "unknown"):
-        raise RunError(f"{run.folder} was written by autocomp {run.manifest.version}: go on with that version")
 
 
 def _silent(event: Event) -> None:

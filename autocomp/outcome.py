@@ -99,6 +99,7 @@ class Contender:
             "latency_ms": None
             if latency is None
             else {
+                "p50": latency.p50_ms,
                 latency.statistic: latency.latency_ms.value,
                 "low": latency.latency_ms.low,
                 "high": latency.latency_ms.high,

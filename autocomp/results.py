@@ -89,6 +89,7 @@ class LatencyEstimate:
         ratio: candidate / reference, paired block by block.
         samples: runs of the candidate behind it.
         rejected: blocks rejected for drift.
+        p50_ms: median of the candidate, whatever the statistic.
     """
 
     statistic: str
@@ -97,6 +98,7 @@ class LatencyEstimate:
     ratio: Interval
     samples: int
     rejected: int = 0
+    p50_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -21,8 +21,8 @@ import pandas as pd
 
 from autocomp.compress import logits_of
 from autocomp.config import SearchConfig
+from autocomp.controllers import make_controller
 from autocomp.policy import INT8, Policy
-from autocomp.search import make_controller
 from autocomp.study.score import predict
 from autocomp.study.workbench import Workbench, prepare
 from benchmarks.common import cifar10, save, shared, show

@@ -252,6 +252,11 @@ def test_live_objects_are_searched_and_the_module_comes_back_unchanged(tmp_path:
         autocomp.resume(tmp_path / "run")
 
 
+def test_search_stays_a_function_whatever_was_imported() -> None:
+    code = "import autocomp, autocomp.api; assert callable(autocomp.search) and callable(autocomp.search)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -259,6 +264,7 @@ def test_live_objects_are_searched_and_the_module_comes_back_unchanged(tmp_path:
         (["--data", "npz:missing.npz"], "missing.npz"),
         (["--space", "nowhere"], "nowhere"),
         (["--engine", "warp"], "warp"),
+        (["--metric", "nowhere:f"], "nowhere"),
         (["--budget", "fast"], "fast"),
         (["--budget", "2x"], "0.5x"),
         (["--controller", "oracle"], "oracle"),

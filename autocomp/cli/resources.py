@@ -67,5 +67,6 @@ def _description(path: Path) -> str:
     import tomllib
 
     with suppress(OSError, ValueError):
-        return str(tomllib.loads(_file(path).read_text(encoding="utf-8")).get("description", ""))
+        table = tomllib.loads(_file(path).read_text(encoding="utf-8"))
+        return str(table.get("description") or table.get("notes", ""))
     return ""

@@ -81,7 +81,6 @@ def load_template(onnx: bytes, graph: LayerGraph) -> Template:
             initializers[shape.name] = shape
             node.input[1] = shape.name
             del node.attribute[:]  # the exporter sets allowzero, which would mean a true 0
-            del node.attribute[:]  # allowzero would make the 0 a size
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
     return Template(graph, model, nodes, initializers, values)
 

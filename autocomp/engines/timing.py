@@ -114,6 +114,7 @@ def estimate(timing: Timing, statistic: str, confidence: float = 0.95, seed: int
         ratio=interval(paired[0] / paired[1], ratios),
         samples=timing.samples,
         rejected=timing.rejected,
+        p50_ms=float(np.median(np.concatenate(candidate))),
     )
 
 

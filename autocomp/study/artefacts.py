@@ -22,6 +22,8 @@ from autocomp.study.workbench import Workbench
 __all__ = ["ShippedPolicy", "ship", "write_model", "write_table"]
 
 FORMAT = 1
+SETTINGS = ("seed", "mean", "std", "size", "calibration_images", "search_images", "selection_images")
+"""Fields of a search's configuration that its splits depend on; `apply` takes them from ``policy.json``."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class ShippedPolicy:
         digests: of weights, data, graph and numerics.
         kept: group -> indices of the channels kept.
         scales: quantized value -> scale and zero point.
+        settings: of the search that decide which images the splits hold and how they are normalised.
         onnx_sha256: of the shipped ``model.onnx``.
     """
 
@@ -44,6 +47,7 @@ class ShippedPolicy:
     digests: Mapping[str, str] | None = None
     kept: Mapping[str, Sequence[int]] | None = None
     scales: Mapping[str, Mapping[str, float]] | None = None
+    settings: Mapping[str, Any] | None = None
     onnx_sha256: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +60,7 @@ class ShippedPolicy:
             "digests": dict(self.digests or {}),
             "kept": {name: list(indices) for name, indices in (self.kept or {}).items()},
             "scales": dict(self.scales or {}),
+            "settings": dict(self.settings or {}),
             "onnx_sha256": self.onnx_sha256,
         }
 
@@ -76,7 +81,11 @@ class ShippedPolicy:
             raise InputError(f"{path} is no policy: give the policy.json of a run")
         if "policy" not in data:
             return cls(Policy.from_json(data), Recipe())
-        fields = {key: data.get(key) for key in ("model", "data", "digests", "kept", "scales", "onnx_sha256")}
+        fields = {key: data.get(key) for key in ("model", "data", "onnx_sha256")}
+        for key in ("digests", "kept", "scales", "settings"):
+            fields[key] = data.get(key) or {}
+            if not isinstance(fields[key], dict):
+                raise InputError(f"{key} in {path} is no table: give the policy.json of a run")
         return cls(Policy.from_json(data["policy"]), Recipe.from_json(data.get("recipe", {})), **fields)
 
 
@@ -91,6 +100,7 @@ def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> Shipp
         digests={name: digest for name, digest in bench.digests.items() if name != "space"},
         kept=compressed.kept,
         scales={value: params.to_json() for value, params in compressed.params.items()},
+        settings={name: value for name, value in bench.config.to_json().items() if name in SETTINGS},
         onnx_sha256=hashlib.sha256(onnx).hexdigest(),
     )
     write_atomic(folder / "model.onnx", onnx)

@@ -43,14 +43,15 @@ def probe_floor(bench: Workbench, trials: Trials, observer: Observer) -> None:
         if max(trials.current().violations(*reached[-1])) <= FLOOR_MARGIN:
             return
     limits = trials.current()
-    worst, (ratio, macs, _) = min((max(limits.violations(*found)), found) for found in reached)
+    worst, (ratio, macs, size_bytes) = min((max(limits.violations(*found)), found) for found in reached)
     if worst > FLOOR_MARGIN:
-        raise InfeasibleError(_floor_line(limits, ratio, macs, worst))
+        raise InfeasibleError(_floor_line(limits, ratio, macs, size_bytes, worst))
 
 
-def _floor_line(limits: Limits, ratio: float, macs: int, worst: float) -> str:
+def _floor_line(limits: Limits, ratio: float, macs: int, size_bytes: int, worst: float) -> str:
     latency = ratio * limits.latency_ms["p50"]
-    relaxed = ", ".join(str(_relaxed(budget, 1 + max(worst, 0.0))) for budget in limits.budgets)
+    over = zip(limits.budgets, limits.violations(ratio, macs, size_bytes), strict=True)
+    relaxed = ", ".join(str(_relaxed(budget, 1 + by)) for budget, by in over if by > 0)
     return (
         f"the budget {' and '.join(map(str, limits.budgets))} is below the floor: the nearest engine found runs at "
         f"{latency:.2f} ms ({ratio:.2f}x) with {macs / 1e6:.1f} MMACs, {100 * worst:.0f}% over; relax it to about "
@@ -72,4 +73,8 @@ def refuse_if_none_feasible(results: Sequence[TrialResult], limits: Limits) -> N
     if not timed:
         raise InfeasibleError("no trial could be timed: read the errors in the run's journal.jsonl")
     nearest = min(timed, key=lambda result: max(result.violations))
-    raise InfeasibleError(_floor_line(limits, nearest.ratio or 1.0, nearest.macs or 0, max(nearest.violations)))
+    raise InfeasibleError(
+        f"no trial met the budget {' and '.join(map(str, limits.budgets))}: the nearest ran at "
+        f"{nearest.ratio or 1.0:.2f}x, {100 * max(nearest.violations):.0f}% over, though the fastest engines of the "
+        "space come nearer; give more --trials, or relax it"
+    )

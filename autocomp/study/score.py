@@ -1,9 +1,11 @@
 """How an engine's outputs compare with the uncompressed model's: divergence, accuracy, paired intervals."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +73,9 @@ def load_metric(spec: str) -> Metric:
     if spec == "kl":
         return kl_divergence
     module, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:  # as for the user's models and data
+        sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
@@ -94,7 +99,10 @@ class Scorer:
 
     def of(self, found: Predictions) -> Score:
         """Raises: EngineError if the metric is not a finite number."""
-        divergence = float(self.metric(found.logits, self.reference.logits, found.labels))
+        try:
+            divergence = float(self.metric(found.logits, self.reference.logits, found.labels))
+        except Exception as error:  # the user's code may fail in any way
+            raise EngineError(f"the metric raised {type(error).__name__}({error}): mend it and resume") from error
         if not np.isfinite(divergence):
             raise EngineError(f"the metric returned {divergence}: the compressed model's outputs cannot be compared")
         agreement = float((found.logits.argmax(axis=1) == self.reference.logits.argmax(axis=1)).mean())

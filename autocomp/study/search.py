@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from autocomp.budget import parse_budgets
+from autocomp.controllers import make_controller, warm_start
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ModelError
 from autocomp.hardware import LatencyTable
@@ -12,7 +13,6 @@ from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, lay
 from autocomp.policy import Policy
 from autocomp.protocols import Engine
 from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
-from autocomp.search import make_controller, warm_start
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
@@ -190,10 +190,18 @@ def _plans(bench: Workbench) -> list[Plan]:
     controller = make_controller(config.controller, space, config.seed, warm_start(space, WARM_STARTS, bench.cheapest))
     plans = [Plan("search", controller, config.trials, config.wave)]
     if granted:
-        uniform = space.uniform()[:granted]
+        uniform = _spread(space.uniform(), granted)
         plans.append(Plan("uniform", FixedList(uniform), len(uniform), config.wave))
         plans.append(Plan("random", make_controller("random", space, config.seed + 1), granted, config.wave))
     return plans
+
+
+def _spread(policies: Sequence[Policy], count: int) -> list[Policy]:
+    """At most ``count`` of them, evenly from the least to the most compressed, both ends included."""
+    if count >= len(policies):
+        return list(policies)
+    places = [round(index * (len(policies) - 1) / max(1, count - 1)) for index in range(count)]
+    return [policies[place] for place in (places if count > 1 else [len(policies) - 1])]
 
 
 def _verified(

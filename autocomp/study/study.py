@@ -44,7 +44,8 @@ class Study:
         self._run = run
         self._executor = executor
         self._observer = observer
-        self.results: list[TrialResult] = [TrialResult.from_json(e["result"]) for e in run.entries("trial")]
+        past = (TrialResult.from_json(entry["result"]) for entry in run.entries("trial"))
+        self.results = [result for result in past if result.status != "failed"]  # what failed may have been passing
         self._by_policy: dict[str, TrialResult] = {}
         for result in self.results:
             self._by_policy.setdefault(result.policy.digest, result)

@@ -72,8 +72,8 @@ def select(
 ) -> list[Finalist]:
     """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
 
-    Each is first timed again, longer; one whose upper bound is over a budget gives its place to the next. This
-    saves verifications, and verifies nothing.
+    Each is first timed again, longer; one whose upper bound is over a budget, or that loses too much accuracy where
+    speed is the goal, gives its place to the next. This saves verifications, and verifies nothing.
     """
     feasible = sorted(
         (result for result in results if result.feasible and result.objective is not None),
@@ -92,7 +92,9 @@ def select(
             over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
             if any(violation > 0 for violation in over):
                 continue
-            chosen.append(Finalist(trial, selection.score(engine)))
+            score = selection.score(engine)
+        if all(loss <= 0 for loss in usual.loss(score)):
+            chosen.append(Finalist(trial, score))
     return _ordered(chosen, trials.limits)
 
 
@@ -103,11 +105,7 @@ def _compare(trials: Trials, engine: Engine) -> Timing:
 
 
 def _ordered(finalists: Sequence[Finalist], limits: Limits) -> list[Finalist]:
-    def key(finalist: Finalist) -> tuple[bool, float]:
-        too_lossy = any(loss > 0 for loss in limits.loss(finalist.selection))
-        return too_lossy, limits.objective(finalist.selection, finalist.trial.ratio or 1.0)
-
-    return sorted(finalists, key=key)
+    return sorted(finalists, key=lambda found: limits.objective(found.selection, found.trial.ratio or 1.0))
 
 
 def admit(
@@ -132,6 +130,9 @@ def admit(
     take = partial(measure_fresh, spec, onnx, reference, protocol)
     timing = patience.measure(take, limits.latency_ms["p50"])
     size_bytes = initializer_bytes(onnx)
+    few = _too_few(timing, statistics_of(limits.budgets), protocol.builds)
+    if few is not None:
+        return Verdict(False, estimate(timing, "p50", confidence), size_bytes, few)
     reasons = [
         reason
         for budget in limits.budgets
@@ -139,6 +140,17 @@ def admit(
     ]
     latency = estimate(timing, statistics_of(limits.budgets)[0], confidence)
     return Verdict(not reasons, latency, size_bytes, "; ".join(reasons) or None)
+
+
+def _too_few(timing: Timing, statistics: Sequence[str], builds: int) -> str | None:
+    """Why a timing cannot be judged: a build whose blocks were all rejected for drift, or not enough samples."""
+    kept = len({block.build for block in timing.blocks})
+    if kept < builds:
+        return f"the device drifted too much: {builds - kept} of {builds} fresh builds gave no usable block"
+    wanted = max(MIN_SAMPLES[name] for name in statistics)
+    if timing.samples < wanted:
+        return f"not enough samples: {timing.samples} of {wanted} are left, {timing.rejected} blocks drifted"
+    return None
 
 
 def _broken(

@@ -27,6 +27,7 @@ from autocomp.compress import (
     trace,
 )
 from autocomp.config import SearchConfig
+from autocomp.controllers import CONTROLLERS
 from autocomp.data import DataOptions, Splits, load_data
 from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
@@ -34,7 +35,6 @@ from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
 from autocomp.protocols import Backend, Engine
-from autocomp.search import CONTROLLERS
 from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.executors import EXECUTORS
 from autocomp.study.score import load_metric
@@ -46,6 +46,7 @@ __all__ = [
     "Workbench",
     "backend_spec",
     "chance_limit",
+    "data_options",
     "package_versions",
     "prepare",
 ]
@@ -158,7 +159,7 @@ def prepare(
     backend = make_backend(spec)
     space_file = SearchSpace.load(resources.find("search_spaces", config.space))
     if splits is None:
-        splits = load_data(config.data, _data_options(config))
+        splits = load_data(config.data, data_options(config))
     if model is None:
         weights = Path(config.weights) if config.weights is not None else None
         embedded = config.data == "digits" and config.model == "zoo:resnet20" and weights is None
@@ -205,7 +206,8 @@ def _refuse_unknown_names(config: SearchConfig) -> None:
     load_metric(config.metric)
 
 
-def _data_options(config: SearchConfig) -> DataOptions:
+def data_options(config: SearchConfig) -> DataOptions:
+    """How a configuration draws and normalises its data."""
     return DataOptions(
         mean=config.mean,
         std=config.std,

@@ -5,13 +5,13 @@ from statistics import mean
 
 import pytest
 
+from autocomp.controllers import CONTROLLERS, make_controller, warm_start
 from autocomp.errors import ConfigError, SpaceError
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.results import TrialResult
-from autocomp.search import CONTROLLERS, make_controller, warm_start
 from autocomp.space import PolicySpace
-from tests.search.problem import Problem, policy_space
+from tests.controllers.problem import Problem, policy_space
 
 TRIALS = 48  # more than two generations of NSGA-II and well past TPE's random start
 

@@ -121,6 +121,13 @@ def test_failures_in_a_row_stop_with_the_last_reason(tmp_path: Path) -> None:
     assert len(executor.evaluated) == MAX_FAILURES
 
 
+def test_what_failed_is_tried_again_when_the_run_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(StudyError):
+        explore(tmp_path / "run", Counting(failing=True))
+    results = explore(tmp_path / "run", Counting())
+    assert len(results) == 20 and all(result.status == "ok" for result in results)
+
+
 def test_results_are_on_disk_before_the_next_trial_begins(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autocomp.budget import parse_budgets
-from autocomp.engines import BackendSpec
+from autocomp.engines import BackendSpec, merge
 from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
 from autocomp.results import Block, Interval, LatencyEstimate, Score, Timing, TrialResult
@@ -129,3 +129,23 @@ def test_waiting_ends_and_the_last_measurement_counts() -> None:
     assert patience.measure(lambda: timing(20.0), usual_ms=10.0) == timing(20.0)
     assert patience.measure(lambda: timing(20.0), usual_ms=10.0) == timing(20.0)
     assert pauses == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("references_ms", "budget", "reason"),
+    [((10.0, 12.0, 14.0), "0.9x", "2 of 3 fresh builds"), ((10.0, 10.0, 10.0), "p95:0.9x", "not enough samples")],
+)
+def test_a_finalist_is_not_judged_on_too_little(
+    monkeypatch: pytest.MonkeyPatch, references_ms: tuple[float, ...], budget: str, reason: str
+) -> None:
+    builds = [
+        Timing(tuple(Block(build, (5.0,) * 3, (reference,) * 3) for _ in range(12)))
+        for build, reference in enumerate(references_ms)
+    ]
+    monkeypatch.setattr(verify, "measure_fresh", lambda *_: merge(builds, 0.1))
+    monkeypatch.setattr(verify, "initializer_bytes", len)
+    bounds = Limits(parse_budgets([budget]), {"p50": 10.0, "p95": 10.0}, 1, 1)
+    found = verify.admit(
+        b"", b"", BackendSpec(), bounds, 1, 0.98, verification_protocol(("p50",)), Patience(ignore, ())
+    )
+    assert not found.admitted and reason in (found.reason or "")

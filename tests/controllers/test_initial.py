@@ -1,11 +1,11 @@
 import pytest
 
 from autocomp.capabilities import Capabilities
+from autocomp.controllers import warm_start
 from autocomp.policy import FP32, INT8, Policy
-from autocomp.search import warm_start
 from autocomp.space import PolicySpace, Rule, SearchSpace
+from tests.controllers.problem import policy_space
 from tests.graphs import residual_net
-from tests.search.problem import policy_space
 
 
 @pytest.fixture(scope="module")

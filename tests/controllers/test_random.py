@@ -1,7 +1,7 @@
 from collections import Counter
 
-from autocomp.search import make_controller
-from tests.search.problem import Problem, policy_space
+from autocomp.controllers import make_controller
+from tests.controllers.problem import Problem, policy_space
 
 
 def test_every_option_is_equally_likely() -> None:

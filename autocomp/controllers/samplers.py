@@ -11,10 +11,10 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.trial import Trial, TrialState
 
+from autocomp.controllers.initial import checked
+from autocomp.controllers.random import fresh
 from autocomp.policy import Policy, digest_of
 from autocomp.results import TrialResult
-from autocomp.search.initial import checked
-from autocomp.search.random import fresh
 from autocomp.space import Decision, PolicySpace
 
 __all__ = ["NSGA2", "TPE", "Method", "SamplerController"]

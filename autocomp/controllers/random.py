@@ -8,9 +8,9 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from autocomp.controllers.initial import checked
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
-from autocomp.search.initial import checked
 from autocomp.space import Decision, PolicySpace
 
 __all__ = ["RandomController", "fresh"]

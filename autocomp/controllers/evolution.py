@@ -3,10 +3,10 @@
 import random
 from collections.abc import Sequence
 
+from autocomp.controllers.initial import checked
+from autocomp.controllers.random import fresh
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
-from autocomp.search.initial import checked
-from autocomp.search.random import fresh
 from autocomp.space import PolicySpace
 
 __all__ = ["EvolutionController"]
@@ -15,6 +15,8 @@ PARENTS = 3
 """Best results that have offspring."""
 CROSSOVER = 0.25
 """Share of offspring with two parents."""
+STRANGERS = 0.1
+"""Share of proposals drawn uniformly, so that no corner of the space is given up."""
 SLACK = 0.02
 """A feasible parent further below every limit than this may only give compression back."""
 ATTEMPTS = 200
@@ -37,24 +39,29 @@ class EvolutionController:
         self._seed = seed
         self._initial = checked(space, initial)
         self._results: dict[Policy, TrialResult] = {}
+        self._pending: set[Policy] = set()
         self._open = [place for place, decision in enumerate(space.decisions) if len(decision.options) > 1]
 
     def ask(self, count: int) -> list[Policy]:
-        seen = set(self._results)
+        seen = {*self._results, *self._pending}
         wave = [policy for policy in self._initial if policy not in seen][:count]
         seen.update(wave)
-        generator = random.Random(f"{self._seed}/{len(self._results)}")
+        generator = random.Random(f"{self._seed}/{len(seen)}")
         parents = sorted(self._results.values(), key=_rank)[:PARENTS]
         while len(wave) < count:
-            policy = self._offspring(parents, generator, seen) or fresh(self._space, generator, seen)
+            stranger = generator.random() < STRANGERS
+            policy = None if stranger else self._offspring(parents, generator, seen)
+            policy = policy or fresh(self._space, generator, seen)
             if policy is None:
                 break
             seen.add(policy)
             wave.append(policy)
+        self._pending.update(wave)
         return wave
 
     def tell(self, results: Sequence[TrialResult]) -> None:
         self._results.update({result.policy: result for result in results})
+        self._pending.difference_update(self._results)
 
     def _offspring(self, parents: Sequence[TrialResult], generator: random.Random, seen: set[Policy]) -> Policy | None:
         """A new policy from one or two parents; None where there are none or they have nothing new."""

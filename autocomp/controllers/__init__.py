@@ -8,12 +8,12 @@ shorter than asked for means that there is no other.
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from autocomp.controllers.evolution import EvolutionController
+from autocomp.controllers.initial import warm_start
+from autocomp.controllers.random import RandomController
 from autocomp.errors import ConfigError
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
-from autocomp.search.evolution import EvolutionController
-from autocomp.search.initial import warm_start
-from autocomp.search.random import RandomController
 from autocomp.space import PolicySpace
 
 __all__ = ["CONTROLLERS", "make_controller", "warm_start"]
@@ -22,13 +22,13 @@ Factory = Callable[[PolicySpace, int, Sequence[Policy]], Controller]
 
 
 def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
-    from autocomp.search.samplers import TPE, SamplerController
+    from autocomp.controllers.samplers import TPE, SamplerController
 
     return SamplerController(space, seed, initial, TPE)
 
 
 def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
-    from autocomp.search.samplers import NSGA2, SamplerController
+    from autocomp.controllers.samplers import NSGA2, SamplerController
 
     return SamplerController(space, seed, initial, NSGA2)
 
