@@ -106,7 +106,7 @@ def test_a_finished_run_is_resumed_as_its_result_and_reported_again(finished: tu
     assert json.loads(resumed.stdout)["best"] == result["best"]
     before = (run / "report.md").read_text()
     (run / "report.md").unlink()
-    assert command("report", str(run), cwd=run.parent).returncode == 0
+    assert command("report", run.name, cwd=run.parent).returncode == 0
     assert (run / "report.md").read_text() == before
 
 
