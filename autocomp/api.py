@@ -18,7 +18,7 @@ from autocomp.outcome import Event, Observer, SearchResult
 from autocomp.report import write_report
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
-from autocomp.study.run import Manifest, Run, read_manifest, storage_errors
+from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.verify import verification_protocol
@@ -65,7 +65,8 @@ def search(
     flags: dict[str, object] = dict(settings)
     flags["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
     flags.update({name: str(value) for name, value in settings.items() if isinstance(value, PathLike)})
-    flags["data"] = data if isinstance(data, str) or data is None else LIVE + type(data).__name__
+    live_data = not (isinstance(data, str) or data is None)
+    flags["data"] = LIVE + type(data).__name__ if live_data else data
     live_model = None
     if isinstance(model, str) or model is None:
         flags["model"] = model
@@ -73,7 +74,6 @@ def search(
         live_model = wrap_model(model)
         flags["model"] = LIVE + type(model).__name__
     config = load_config(None, flags)
-    live_data = not (isinstance(data, str) or data is None)
     splits = splits_from_objects(data, data_options(config)) if live_data else None
     return run_search(config, observer, live_model, splits)
 
@@ -92,8 +92,7 @@ def run_search(
     """
     watch = observer or _silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder} exists already: choose another --out, or go on with 'autocomp resume {folder}'")
+    refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
     with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as run:
         return _conduct(bench, prologue, run, watch)

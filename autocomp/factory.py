@@ -2,11 +2,12 @@
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from autocomp.errors import InputError
 
-__all__ = ["call_factory", "is_factory"]
+__all__ = ["call_factory", "import_callable", "is_factory"]
 
 
 def is_factory(spec: str) -> bool:
@@ -15,19 +16,18 @@ def is_factory(spec: str) -> bool:
     return bool(colon) and all(part.isidentifier() for part in [*module.split("."), *name.split(".")])
 
 
-def call_factory(spec: str, error: type[InputError], hint: str) -> object:
-    """Import ``package.module:factory`` and call it without arguments.
+def import_callable(spec: str, error: type[InputError], hint: str) -> Callable[..., object]:
+    """Import what ``package.module:name`` names.
 
-    The working directory joins the import path, and stays there: what the factory returns may import more of the
-    user's code later.
+    The working directory joins the import path, and stays there: the user's code may import more of itself later.
 
     Args:
-        spec: what to call.
+        spec: what to import.
         error: the kind to raise.
         hint: how else ``spec`` could be written, for a module that is not there.
 
     Raises:
-        error: the module or the name is missing, or the user's code fails; the message says which.
+        error: the module or the name is missing, cannot be imported, or is not callable; the message says which.
     """
     module_name, _, path = spec.partition(":")
     here = str(Path.cwd())
@@ -46,9 +46,19 @@ def call_factory(spec: str, error: type[InputError], hint: str) -> object:
             raise error(f"{module_name} has no {path}: check the name behind the colon")
         found = getattr(found, name)
     if not callable(found):
-        raise error(f"{spec} is no function: name one that takes no arguments")
+        raise error(f"{spec} is no function: name one")
+    return found
+
+
+def call_factory(spec: str, error: type[InputError], hint: str) -> object:
+    """Import ``package.module:factory`` and call it without arguments.
+
+    Raises:
+        error: as `import_callable`, or the factory fails.
+    """
+    factory = import_callable(spec, error, hint)
     try:
-        return found()
+        return factory()
     except InputError:
         raise
     except Exception as failure:  # as above

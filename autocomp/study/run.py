@@ -15,7 +15,7 @@ from typing import IO, Any, Self
 
 from autocomp.errors import RunError
 
-__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "storage_errors", "write_atomic"]
+__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken", "storage_errors", "write_atomic"]
 
 FORMAT = 1
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "journal.jsonl", ".lock"
@@ -116,6 +116,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunError(f"{path} is damaged ({error}): start a new search") from error
 
 
+def refuse_taken(folder: Path) -> None:
+    """Raises: RunError if ``folder`` holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} exists already: choose another --out, or go on with 'autocomp resume {folder}'")
+
+
 class Run:
     """An open run folder. One process at a time; every journal line is on disk before the next step begins.
 
@@ -138,8 +144,7 @@ class Run:
         Raises:
             RunError: it exists and is not empty, or cannot be written.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder} exists already: choose another --out, or go on with 'autocomp resume {folder}'")
+        refuse_taken(folder)
         made = not folder.exists()
         try:
             with storage_errors(folder):

@@ -1,11 +1,8 @@
 """How an engine's outputs compare with the uncompressed model's: divergence, accuracy, paired intervals."""
 
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +10,7 @@ from scipy.special import log_softmax, softmax
 
 from autocomp.data import Split
 from autocomp.errors import ConfigError, EngineError
+from autocomp.factory import import_callable, is_factory
 from autocomp.protocols import Engine
 from autocomp.results import Interval, Score
 
@@ -72,17 +70,12 @@ def load_metric(spec: str) -> Metric:
     """
     if spec == "kl":
         return kl_divergence
-    module, _, name = spec.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:  # as for the user's models and data
-        sys.path.insert(0, here)
+    if not is_factory(spec):
+        raise ConfigError(f"no metric {spec!r}: use kl, or package.module:function")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"no metric {spec!r} ({error}): use kl, or package.module:function") from error
-    if not callable(found):
-        raise ConfigError(f"the metric {spec!r} is not callable: name a function (outputs, reference, labels) -> float")
-    return found  # type: ignore[no-any-return]
+        return import_callable(spec, ConfigError, "use kl")  # type: ignore[return-value]
+    except ConfigError as error:
+        raise ConfigError(f"no metric {spec!r}: {error}") from error
 
 
 @dataclass(frozen=True)

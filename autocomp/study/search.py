@@ -43,7 +43,6 @@ class Prologue:
 
     reference: Engine
     search: Predictions
-    split_accuracy: float | None
 
     def __enter__(self) -> Self:
         return self
@@ -61,14 +60,14 @@ def begin(bench: Workbench) -> Prologue:
     reference = bench.backend.build(bench.reference)
     found = predict(reference, bench.splits.search)
     if not bench.splits.labelled:
-        return Prologue(reference, found, None)
+        return Prologue(reference, found)
     limit = chance_limit(bench.splits.classes, len(found.labels))
     if found.accuracy <= limit:
         raise ModelError(
             f"the uncompressed model scores {100 * found.accuracy:.1f}% on {bench.splits.source}, which is chance "
             f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data"
         )
-    return Prologue(reference, found, found.accuracy)
+    return Prologue(reference, found)
 
 
 def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
@@ -178,7 +177,7 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     macs, size_bytes = bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
     limits = Limits(budgets, latency_ms, macs, size_bytes)
     if all(violation <= 0 for violation in limits.violations(1.0, macs, size_bytes)):
-        accuracy = prologue.split_accuracy if prologue.split_accuracy is not None else 1.0
+        accuracy = prologue.search.accuracy if bench.splits.labelled else 1.0
         limits = Limits(budgets, latency_ms, macs, size_bytes, "speed", accuracy)
     return limits, estimates[0]
 

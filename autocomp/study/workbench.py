@@ -183,8 +183,7 @@ def prepare(
     statistics = collect(traced, to_tensor(images), recipe)
     costs = branch_costs(traced, statistics, to_tensor(images))
     compressor = (traced, statistics, recipe, capabilities.numerics, images)
-    emitter, notes = _emitter(compressor, backend)
-    reference = emitter.emit(emitter.compress(Policy()))
+    emitter, reference, notes = _emitter(compressor, backend)
     cheapest = tuple(sorted(costs, key=costs.__getitem__))
     notes = (*traced.notes, *notes)
     return Workbench(config, model, splits, traced, space, spec, backend, emitter, recipe, reference, cheapest, notes)
@@ -239,28 +238,34 @@ def _first(splits: Splits, count: int) -> Images:
     return np.concatenate(batches)
 
 
-def _emitter(parts: _Parts, backend: Backend) -> tuple[Emitter, Sequence[str]]:
-    """The editing emitter where its file agrees with torch, else the exporting one, with a note."""
+def _emitter(parts: _Parts, backend: Backend) -> tuple[Emitter, bytes, Sequence[str]]:
+    """The editing emitter where its file agrees with torch, else the exporting one, with a note.
+
+    Returns:
+        the emitter, the uncompressed model's file, and notes.
+    """
     traced, *_, images = parts
     try:
         editing = EditEmitter(*parts, load_template(export_onnx(traced), traced.graph))
-        with backend.build(editing.emit(editing.compress(Policy()))) as engine:
+        reference = editing.emit(editing.compress(Policy()))
+        with backend.build(reference) as engine:
             error = _parity(engine, traced, images[:32])
         if error <= PARITY:
-            return editing, ()
+            return editing, reference, ()
         reason = f"its outputs differ from torch's by {error:.1e}"
     except EngineError as refused:
         reason = str(refused)
     note = f"the ONNX graph cannot be edited safely ({reason}): every policy is exported anew, which is slower"
     exporting = ExportEmitter(*parts)
-    with backend.build(exporting.emit(exporting.compress(Policy()))) as engine:
+    reference = exporting.emit(exporting.compress(Policy()))
+    with backend.build(reference) as engine:
         error = _parity(engine, traced, images[:32])
     if error > PARITY:
         raise ModelError(
             f"the exported model differs from torch's by {error:.1e} (relative L2): it depends on something that "
             "ONNX does not keep; export it by hand to see which operator"
         )
-    return exporting, (note,)
+    return exporting, reference, (note,)
 
 
 def _parity(engine: Engine, traced: Traced, images: Images) -> float:
