@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 from autocomp.errors import InputError
 
-__all__ = ["FP32", "INT8", "Policy", "Precision", "Recipe", "digest_of"]
+__all__ = ["FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
 
 FORMAT = 1
 _FLOATS = ("fp32", "fp16", "bf16")
@@ -136,31 +136,65 @@ class Policy:
             raise InputError(f"this is no policy: {error!r}") from error
 
 
+Importance = Literal[
+    "least_error",
+    "group_l2",
+    "group_l1",
+    "bn_gamma",
+    "taylor",
+    "fpgm",
+    "thinet",
+    "lasso",
+    "discrimination",
+    "activation",
+    "random",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How a policy is turned into weights. With policy, weights and data it rebuilds the same model bit for bit.
 
     Attributes:
-        importance: which channels of a group go first; ``group_l2`` removes those of least summed squared weight,
-            ``least_error`` those that the layers reading them can best make up for on the calibration images.
-        reconstruction: ``closed_form`` solves each reading layer for the original output; ``none`` only slices.
+        importance: which channels of a group go first (see ``compress/importance.py``).
+        reconstruction: ``closed_form`` solves each reading layer for the original output from statistics of the
+            unpruned model; ``sequential`` solves every layer again on what the compressed layers before it really
+            give, in seconds instead of milliseconds; ``none`` only slices.
         ridge: of the closed-form solve, as a fraction of the mean variance of the layer's inputs.
         recalibration: of the normalised layers' statistics; ``auto`` keeps it where it lowers the divergence
             on the calibration split.
-        ranges: of int8 activations: ``minmax`` or ``percentile``.
+        ranges: of integer activations: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
         percentile: of the activations kept inside the range, in percent; both tails lose alike.
+        bias_correction: of the mean shift that rounding weights leaves in a layer's output; ``auto`` where it lowers
+            the divergence on the calibration split.
+        equalization: of weight ranges across layers before anything else; ``auto`` in models with depthwise layers.
+        rounding: of weights below 8 bits.
         images: calibration images used.
         seed: of every draw made while compressing.
+
+    Raises:
+        InputError: a choice is unknown, or a number out of range.
     """
 
-    importance: Literal["group_l2", "least_error"] = "least_error"
-    reconstruction: Literal["closed_form", "none"] = "closed_form"
+    importance: Importance = "least_error"
+    reconstruction: Literal["closed_form", "sequential", "none"] = "closed_form"
     ridge: float = 1e-3
     recalibration: Literal["auto", "always", "never"] = "auto"
-    ranges: Literal["minmax", "percentile"] = "minmax"
+    ranges: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"
     percentile: float = 99.99
+    bias_correction: Literal["auto", "always", "never"] = "auto"
+    equalization: Literal["auto", "always", "never"] = "auto"
+    rounding: Literal["nearest", "adaround"] = "adaround"
     images: int = 1024
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            allowed, given = get_args(kind), getattr(self, name)
+            if allowed and given not in allowed:
+                raise InputError(f"{name} {given!r} of a recipe is unknown: use {', '.join(allowed)}")
+        if not (self.ridge >= 0 and 50 <= self.percentile <= 100 and self.images > 0):
+            raise InputError("a recipe needs ridge >= 0, 50 <= percentile <= 100 and at least one image")
 
     @property
     def digest(self) -> str:

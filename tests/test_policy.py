@@ -22,10 +22,10 @@ policies = st.builds(
 )
 recipes = st.builds(
     Recipe,
-    reconstruction=st.sampled_from(["closed_form", "none"]),
+    reconstruction=st.sampled_from(["closed_form", "sequential", "none"]),
     ridge=st.floats(0, 1),
     recalibration=st.sampled_from(["auto", "always", "never"]),
-    ranges=st.sampled_from(["minmax", "percentile"]),
+    ranges=st.sampled_from(["minmax", "percentile", "entropy", "mse"]),
     percentile=st.floats(50, 100),
     images=st.integers(1, 10**6),
     seed=st.integers(0, 2**32),
@@ -129,6 +129,14 @@ def test_every_field_of_a_recipe_counts() -> None:
     assert len({Recipe(**change).digest for change in [{}, *changes]}) == 1 + len(changes)
     with pytest.raises(InputError, match="colour"):
         Recipe.from_json({"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    "change", [{"ranges": "guess"}, {"importance": ""}, {"ridge": -1.0}, {"percentile": 101.0}, {"images": 0}]
+)
+def test_a_recipe_out_of_range_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(change)).removesuffix("s")):
+        Recipe.from_json(change)
 
 
 def test_a_digest_refuses_what_json_cannot_hold() -> None:

@@ -1,0 +1,180 @@
+"""A policy's channels and branches taken out of a model, the remaining layers making up for them."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from autocomp.compress.lowering import Norm
+from autocomp.compress.naming import value_of
+from autocomp.compress.ordering import select
+from autocomp.compress.recalibrate import divergence, recalibrated
+from autocomp.compress.reconstruct import reconstruct
+from autocomp.compress.statistics import Ranges, Statistics, Watcher
+from autocomp.compress.surgery import batches, kept_positions, rebuild, slice_tensors, tensors_of
+from autocomp.compress.tracing import Traced
+from autocomp.graph import Branch, LayerGraph
+from autocomp.policy import Policy, Recipe
+
+__all__ = ["Clock", "Pruned", "prune"]
+
+# Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
+# come from: a few hundred settle both, and every trial pays for them.
+RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 128
+
+Tensors = Mapping[str, Tensor]
+Positions = Mapping[tuple[str, int], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A float model under a policy's channels and branches.
+
+    Attributes:
+        module: sliced and reconstructed, dropped branches bypassed.
+        branches: those dropped.
+        kept: pruned group -> channels that stayed.
+        recalibrated, divergence_before, divergence_after: see `Compressed`.
+        ranges: value -> its bounds on held-out calibration images; None where no value is to be quantized.
+    """
+
+    module: fx.GraphModule
+    branches: tuple[Branch, ...]
+    kept: Mapping[str, tuple[int, ...]]
+    recalibrated: bool
+    divergence_before: float | None
+    divergence_after: float | None
+    ranges: Mapping[str, tuple[float, float]] | None
+
+
+@dataclass
+class Clock:
+    """Adds up the wall time of stages."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def prune(
+    traced: Traced,
+    statistics: Statistics,
+    policy: Policy,
+    recipe: Recipe,
+    images: Tensor,
+    observed: Sequence[str],
+    clock: Clock,
+) -> Pruned:
+    """Select, slice, reconstruct, recalibrate.
+
+    Args:
+        policy: normalised.
+        images: the calibration images behind ``statistics``, in their order.
+        observed: values whose ranges are wanted.
+    """
+    graph = traced.graph
+    with clock("select"):
+        original = tensors_of(traced.module)
+        kept = select(statistics.orders, policy)
+        positions = kept_positions(graph, kept)
+        tensors = slice_tensors(original, positions)
+    if recipe.reconstruction == "closed_form":
+        with clock("reconstruct"):
+            tensors |= _reconstructed(graph, policy, statistics, recipe, original, positions)
+    branches = tuple(graph.branch_by_name[name] for name in sorted(policy.dropped))
+    with clock("build"):
+        module = rebuild(traced.module, graph, tensors, branches)
+
+    def observe(candidate: fx.GraphModule) -> _Observation:
+        with clock("observe"):
+            held_out, reference = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
+            return _observe(candidate, graph, observed, recipe, held_out, reference)
+
+    before = after = None
+    seen: _Observation | None = None
+    renewed = False
+    if recipe.recalibration != "never" and traced.norms and (policy.kept or policy.dropped):
+        with clock("recalibrate"):
+            norms = _sliced(traced.norms, graph, positions)
+            fresh = recalibrated(module, graph, norms, images[:RECALIBRATION_IMAGES])
+            candidate = rebuild(traced.module, graph, tensors | fresh, branches)
+        if recipe.recalibration == "auto":
+            without, seen = observe(module), observe(candidate)
+            before, after = without.divergence, seen.divergence
+            renewed = after <= before
+            seen = seen if renewed else without
+        else:
+            renewed = True
+        module = candidate if renewed else module
+    if observed and seen is None:
+        seen = observe(module)
+    return Pruned(module, branches, kept, renewed, before, after, seen.ranges if seen and observed else None)
+
+
+@dataclass(frozen=True)
+class _Observation:
+    """One pass over held-out calibration images."""
+
+    ranges: Mapping[str, tuple[float, float]]
+    divergence: float
+
+
+def _reconstructed(
+    graph: LayerGraph, policy: Policy, statistics: Statistics, recipe: Recipe, original: Tensors, positions: Positions
+) -> dict[str, Tensor]:
+    """Weights and biases of the remaining layers that lose inputs."""
+    gone = graph.removed_layers(policy)
+    result = {}
+    for name, moments in statistics.moments.items():
+        layer = graph.layer_by_name[name]
+        if name in gone or (layer.weight, 1) not in positions:
+            continue
+        weight, bias = original[layer.weight], original[layer.bias]
+        if (layer.weight, 0) in positions:
+            rows = torch.from_numpy(positions[layer.weight, 0])
+            weight, bias = weight[rows], bias[rows]
+        kept = positions[layer.weight, 1]
+        result[layer.weight], result[layer.bias] = reconstruct(layer, weight, bias, kept, moments, recipe.ridge)
+    return result
+
+
+def _sliced(norms: Mapping[str, Norm], graph: LayerGraph, positions: Positions) -> dict[str, Norm]:
+    """The norms of the channels that stay."""
+
+    def cut(name: str, norm: Norm) -> Norm:
+        rows = positions.get((graph.layer_by_name[name].weight, 0))
+        if rows is None:
+            return norm
+        index = torch.from_numpy(rows)
+        return Norm(norm.beta[index], norm.gamma[index], norm.epsilon[index])
+
+    return {name: cut(name, norm) for name, norm in norms.items()}
+
+
+def _observe(
+    module: fx.GraphModule,
+    graph: LayerGraph,
+    values: Sequence[str],
+    recipe: Recipe,
+    images: Tensor,
+    reference: Tensor,
+) -> _Observation:
+    ranges = Ranges(recipe, values, len(images))
+
+    def watch(node: fx.Node, value: Any, _read: object) -> None:
+        ranges.watch(value_of(node), value)
+
+    watcher = Watcher(module, watch)
+    with torch.no_grad():
+        logits = torch.cat([watcher.run(part) for part in batches(images, 128)])
+    return _Observation(ranges.bounds(graph), divergence(reference, logits))
