@@ -21,7 +21,7 @@ __all__ = ["solve_in_sequence"]
 
 ACTIVATIONS_BYTES = 10**9  # of the maps that both models hold at once; fewer images where they would be larger
 PATCHES_BYTES = 256 * 10**6  # of one layer's unfolded inputs; larger layers keep their closed-form solution
-RECTIFIED = 5  # passes in which outputs that a ReLU cuts off anyway may stay where they fall
+RECTIFIED = 3  # passes in which outputs that a ReLU cuts off anyway may stay where they fall
 
 
 def solve_in_sequence(
@@ -212,12 +212,14 @@ class _Fit:
         inputs: centred, (groups, samples, features).
         mean: of the inputs, (groups, features).
         weight: (groups, out, features).
+        given: what the weight gives of the centred inputs, (groups, samples, out).
         factor: Cholesky factor of the ridged second moment, (groups, features, features).
     """
 
     inputs: Tensor
     mean: Tensor
     weight: Tensor
+    given: Tensor
     factor: Tensor
 
     @classmethod
@@ -229,7 +231,7 @@ class _Fit:
         scale = gram.diagonal(dim1=1, dim2=2).mean(1)
         scale = torch.where(scale > 0, scale, 1.0)  # dead inputs keep their weights
         gram.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-6) * scale[:, None])
-        return cls(inputs, mean, weight, torch.linalg.cholesky(gram))
+        return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), torch.linalg.cholesky(gram))
 
     def grouped(self, values: Tensor) -> Tensor:
         """(samples, groups * out) as (groups, samples, out)."""
@@ -244,7 +246,7 @@ class _Fit:
     def solve(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias for a target (groups, samples, out)."""
         centre = target.mean(1)
-        missing = target - centre[:, None] - self.inputs @ self.weight.transpose(1, 2)
+        missing = target - centre[:, None] - self.given
         moment = self.inputs.transpose(1, 2) @ missing / self.inputs.shape[1]
         weight = self.weight + torch.cholesky_solve(moment.double(), self.factor).float().transpose(1, 2)
         return weight, centre - (weight @ self.mean[:, :, None]).squeeze(2)
