@@ -165,7 +165,7 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
             )
     bench.traced.graph.validate(shipped.policy)
     out.mkdir(parents=True, exist_ok=True)
-    written = write_model(bench, bench.emitter.compress(bench.traced.graph.normalise(shipped.policy)), out)
+    written = write_model(bench, bench.emitter.finish(bench.traced.graph.normalise(shipped.policy)), out)
     if shipped.onnx_sha256 not in (None, written.onnx_sha256):
         raise AutocompError(
             f"{out / 'model.onnx'} is not the file that was measured: torch or onnx differ from the run's; see the "

@@ -94,10 +94,10 @@ def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> Shipp
     onnx = bench.emitter.emit(compressed)
     shipped = ShippedPolicy(
         policy=compressed.policy,
-        recipe=bench.recipe,
+        recipe=bench.finishing,
         model=bench.model.spec,
         data=bench.splits.source,
-        digests={name: digest for name, digest in bench.digests.items() if name != "space"},
+        digests=shipped_digests(bench),
         kept=compressed.kept,
         scales={value: params.to_json() for value, params in compressed.params.items()},
         settings={name: value for name, value in bench.config.to_json().items() if name in SETTINGS},
@@ -109,10 +109,16 @@ def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> Shipp
     return shipped
 
 
+def shipped_digests(bench: Workbench) -> dict[str, str]:
+    """What a shipped model depends on, beside its policy."""
+    digests = {name: digest for name, digest in bench.digests.items() if name not in ("space", "finishing")}
+    return {**digests, "recipe": bench.finishing.digest}
+
+
 def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[TrialResult]) -> None:
     """Write the best model, the table of trials and ``result.json``."""
     if result.best is not None:
-        write_model(bench, bench.emitter.compress(result.best.policy), run.folder)
+        write_model(bench, bench.emitter.finish(result.best.policy), run.folder)
     write_table(run, results)
     run.write("result.json", json.dumps(result.to_json(), indent=2))
 

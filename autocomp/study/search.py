@@ -259,7 +259,7 @@ def _contenders(
     }
     for role, (finalist, verdict) in winners.items():
         trial = finalist.trial
-        with bench.backend.build(trials.emitter.emit(trials.emitter.compress(trial.policy))) as engine:
+        with bench.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
             found = predict(engine, bench.splits.test)
         rows[role] = Contender(
             role, trial.policy, verdict.latency, trial.score.accuracy if trial.score else None,

@@ -34,7 +34,13 @@ class Emitter(Protocol):
         """A file with the policy's structure, good for timing; its weights mean nothing."""
         ...
 
-    def compress(self, policy: Policy) -> Compressed: ...
+    def compress(self, policy: Policy) -> Compressed:
+        """As a trial does."""
+        ...
+
+    def finish(self, policy: Policy) -> Compressed:
+        """As a finalist is scored, measured and shipped: the best compression there is, in seconds."""
+        ...
 
     def emit(self, compressed: Compressed) -> bytes:
         """The file to score and to ship."""

@@ -84,7 +84,7 @@ def select(
         if len(chosen) == count:
             break
         observer(Stage(trial.number, trial.role, "select"))
-        onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
+        onnx = trials.emitter.emit(trials.emitter.finish(trial.policy))
         with trials.backend.build(onnx) as engine:
             usual = trials.current()
             timing = patience.measure(partial(_compare, trials, engine), usual.latency_ms["p50"])
@@ -194,7 +194,7 @@ def verify_role(
             latency = LatencyEstimate.from_json(known["latency"])
             verdict = Verdict(known["admitted"], latency, known["size_bytes"], known["reason"])
         else:
-            onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
+            onnx = trials.emitter.emit(trials.emitter.finish(trial.policy))
             try:
                 protocol = verification_protocol(statistics_of(trials.limits.budgets))
                 verdict = admit(

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
 from pathlib import Path
@@ -60,16 +60,26 @@ Images = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _Compressor:
-    """Model, statistics and recipe: all that turns a policy into weights."""
+    """Model, statistics and recipes: all that turns a policy into weights."""
 
     traced: Traced
     statistics: Statistics
     recipe: Recipe
+    finishing: Recipe
     numerics: Numerics
     images: Images
+    finished: dict[Policy, Compressed] = field(default_factory=dict, kw_only=True, repr=False)
 
     def compress(self, policy: Policy) -> Compressed:
         return compress(self.traced, self.statistics, policy, self.recipe, self.numerics, to_tensor(self.images))
+
+    def finish(self, policy: Policy) -> Compressed:
+        if policy not in self.finished:  # asked for when chosen, verified, scored and shipped
+            images = to_tensor(self.images)
+            self.finished[policy] = compress(
+                self.traced, self.statistics, policy, self.finishing, self.numerics, images
+            )
+        return self.finished[policy]
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ class Workbench:
         model, splits, traced, space: loaded, traced and restricted to what the engine runs.
         spec, backend: of the engine.
         emitter: policies -> files.
-        recipe: of compression.
+        recipe: of compression in trials.
+        finishing: of finalists: the same with every layer solved in sequence.
         reference: the uncompressed fp32 model's ONNX.
         cheapest: removable branches, the one whose loss costs least first.
         notes: lines the user should read.
@@ -120,6 +131,7 @@ class Workbench:
     backend: Backend
     emitter: Emitter
     recipe: Recipe
+    finishing: Recipe
     reference: bytes
     cheapest: tuple[str, ...]
     notes: tuple[str, ...]
@@ -133,6 +145,7 @@ class Workbench:
             "data": self.splits.digest,
             "graph": self.traced.graph.digest,
             "recipe": self.recipe.digest,
+            "finishing": self.finishing.digest,
             "space": self.space.digest,
             "numerics": f"{numerics.signed_activations}/{numerics.symmetric_activations}/{numerics.weight_max}",
         }
@@ -149,7 +162,7 @@ def prepare(
 
     Args:
         model, splits: live objects in place of ``config.model`` and ``config.data``.
-        recipe: in place of the default one with the configuration's seed.
+        recipe: for trials and finalists, in place of the default ones with the configuration's seed.
 
     Raises:
         InputError: model, weights, data, space or engine do not fit; see the subclasses.
@@ -178,15 +191,23 @@ def prepare(
     capabilities = backend.capabilities()
     space = space_file.restrict(traced.graph, capabilities)
     observer(Phase("statistics"))
-    recipe = recipe or Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
+    recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
     images = _first(splits, recipe.images)
     statistics = collect(traced, to_tensor(images), recipe)
     costs = branch_costs(traced, statistics, to_tensor(images))
-    compressor = (traced, statistics, recipe, capabilities.numerics, images)
+    compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
     cheapest = tuple(sorted(costs, key=costs.__getitem__))
     notes = (*traced.notes, *notes)
-    return Workbench(config, model, splits, traced, space, spec, backend, emitter, recipe, reference, cheapest, notes)
+    return Workbench(
+        config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference, cheapest, notes
+    )
+
+
+def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
+    """For trials, in milliseconds a policy, and for finalists."""
+    trials = Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
+    return trials, replace(trials, reconstruction="sequential")
 
 
 def backend_spec(config: SearchConfig) -> BackendSpec:
@@ -218,7 +239,7 @@ def data_options(config: SearchConfig) -> DataOptions:
     )
 
 
-_Parts = tuple[Traced, Statistics, Recipe, Numerics, Images]
+_Parts = tuple[Traced, Statistics, Recipe, Recipe, Numerics, Images]
 
 
 def _example(splits: Splits) -> Images:

@@ -83,7 +83,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, run: Run) -> Any:
             return verdict(script[int(onnx)])
 
         monkeypatch.setattr(verify, "admit", admit)
-        emitter = SimpleNamespace(compress=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
+        emitter = SimpleNamespace(finish=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
         trials: Any = SimpleNamespace(emitter=emitter, limits=limits(), current=limits)
         patience = Patience(ignore)
         finalists = [finalist(number) for number in range(count)]
