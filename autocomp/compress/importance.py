@@ -141,12 +141,12 @@ def activation(group: Group, evidence: Evidence) -> Scores:
 
     Molchanov et al. (arXiv:1611.06440), section 2.2, "Activation".
     """
-    total = np.zeros(group.channels)
-    for reader in evidence.readers(group):
+    readers, total = evidence.readers(group), np.zeros(group.channels)
+    for reader in readers:
         power = reader.moments.gram.diagonal().double() + reader.moments.mean.square()
         per_channel = _numpy(power[reader.features].sum(1))
         total += per_channel / (per_channel.sum() or 1.0)
-    return total if evidence.readers(group) else group_l2(group, evidence)
+    return total if readers else group_l2(group, evidence)
 
 
 def thinet(group: Group, evidence: Evidence) -> Scores:
