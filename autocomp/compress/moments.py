@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from autocomp.graph import Layer, LayerGraph
 
-__all__ = ["Moments", "Sums", "reading_layers"]
+__all__ = ["Moments", "Sums", "draw_positions", "outputs_at", "patches_at", "reading_layers"]
 
 LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
@@ -61,7 +61,7 @@ class Sums:
 
     def add(self, value: Tensor, generator: torch.Generator) -> None:
         """Add the rows of one batch, float32 within the batch and float64 across batches."""
-        patches = _patches(value, self.layer, self.rows, generator)
+        patches = patches_at(value, self.layer, draw_positions(value, self.layer, self.rows, generator))
         if self.pooled > 1:
             patches = patches.reshape(len(patches), -1, self.pooled).transpose(1, 2).flatten(0, 1)
         if self.shift is None:
@@ -92,39 +92,56 @@ def _flattened(layer: Layer, graph: LayerGraph) -> int:
     return width if runs and layer.weight_shape[1] % width == 0 else 1
 
 
-def _patches(value: Tensor, layer: Layer, rows: int, generator: torch.Generator) -> Tensor:
-    """Unfolded inputs (samples, features) of a layer at random output positions, drawn anew for every image.
+def draw_positions(value: Tensor, layer: Layer, rows: int, generator: torch.Generator) -> Tensor:
+    """Output positions of a layer, drawn anew for every image.
 
     Args:
-        value: (n, channels, *spatial) for a conv, (n, ..., features) for a linear layer.
+        value: what it reads, (n, channels, *spatial) for a conv, (n, ..., features) for a linear layer.
         rows: positions drawn for an image (with repetition); all of them where there are not more.
+
+    Returns:
+        (n, rows), indices into the flattened output positions.
     """
+    n, positions = len(value), int(np.prod(_output_sizes(value, layer)))
+    if positions <= rows:
+        return torch.arange(positions).expand(n, -1)
+    return torch.randint(positions, (n, rows), generator=generator)
+
+
+def patches_at(value: Tensor, layer: Layer, chosen: Tensor) -> Tensor:
+    """Unfolded inputs (n * rows, features) of a layer at output positions, ordered as its weight's columns."""
     n = len(value)
     if layer.op == "linear":
         value = value.reshape(n, -1, value.shape[-1])
-        if value.shape[1] <= rows:
-            return value.flatten(0, 1)
-        chosen = torch.randint(value.shape[1], (n, rows), generator=generator)
         return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
-    kernel = layer.weight_shape[2:]
+    sizes = _output_sizes(value, layer)
     if any(layer.padding):
         value = nn.functional.pad(value, [entry for side in reversed(layer.padding) for entry in (side, side)])
-    spans = [(k - 1) * d + 1 for k, d in zip(kernel, layer.dilation, strict=True)]
-    sizes = [(s - span) // step + 1 for s, span, step in zip(value.shape[2:], spans, layer.stride, strict=True)]
-    positions = int(np.prod(sizes))
-    if positions <= rows:
-        chosen = torch.arange(positions).expand(n, -1)
-    else:
-        chosen = torch.randint(positions, (n, rows), generator=generator)
     flat = torch.arange(n)[:, None, None] * int(np.prod(value.shape[2:]))
     inner = torch.zeros(1, dtype=torch.long)
-    divisor, stride = positions, int(np.prod(value.shape[2:]))
+    divisor, stride = int(np.prod(sizes)), int(np.prod(value.shape[2:]))
     for axis, size in enumerate(value.shape[2:]):  # row-major over the spatial axes
         divisor, stride = divisor // sizes[axis], stride // size
         start = (chosen // divisor) % sizes[axis] * layer.stride[axis]
         flat = flat + start[..., None] * stride
-        step = torch.arange(kernel[axis]) * layer.dilation[axis] * stride
+        step = torch.arange(layer.weight_shape[2:][axis]) * layer.dilation[axis] * stride
         inner = (inner[:, None] + step).flatten()
     rows_of = value.movedim(1, -1).reshape(-1, value.shape[1])
     found = rows_of[(flat + inner).flatten()].reshape(-1, len(inner), value.shape[1])
     return found.transpose(1, 2).flatten(1)
+
+
+def outputs_at(value: Tensor, layer: Layer, chosen: Tensor) -> Tensor:
+    """A layer's outputs (n * rows, channels) at output positions."""
+    if layer.op == "conv":
+        value = value.flatten(2).transpose(1, 2)
+    value = value.reshape(len(value), -1, value.shape[-1])
+    return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
+
+
+def _output_sizes(value: Tensor, layer: Layer) -> tuple[int, ...]:
+    if layer.op == "linear":
+        return tuple(value.shape[1:-1])
+    spans = [(k - 1) * d + 1 for k, d in zip(layer.weight_shape[2:], layer.dilation, strict=True)]
+    padded = [size + 2 * side for size, side in zip(value.shape[2:], layer.padding, strict=True)]
+    return tuple((s - span) // step + 1 for s, span, step in zip(padded, spans, layer.stride, strict=True))

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.compress.lowering import Norm
+from autocomp.compress.means import FoldedMeans, fold_means
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import select
 from autocomp.compress.recalibrate import divergence, recalibrated
 from autocomp.compress.reconstruct import reconstruct
+from autocomp.compress.sequential import solve_in_sequence
 from autocomp.compress.statistics import Ranges, Statistics, Watcher
 from autocomp.compress.surgery import batches, kept_positions, rebuild, slice_tensors, tensors_of
 from autocomp.compress.tracing import Traced
@@ -88,12 +90,19 @@ def prune(
         kept = select(statistics.orders, policy)
         positions = kept_positions(graph, kept)
         tensors = slice_tensors(original, positions)
-    if recipe.reconstruction == "closed_form":
+    folded = FoldedMeans()
+    if recipe.reconstruction != "none":
         with clock("reconstruct"):
             tensors |= _reconstructed(graph, policy, statistics, recipe, original, positions)
+            folded = fold_means(traced, policy, statistics.means, statistics.ranges, tensors, positions)
+            tensors |= folded.biases
     branches = tuple(graph.branch_by_name[name] for name in sorted(policy.dropped))
     with clock("build"):
         module = rebuild(traced.module, graph, tensors, branches)
+    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped):
+        with clock("sequence"):
+            tensors |= solve_in_sequence(traced, module, policy, positions, images, recipe)
+            module = rebuild(traced.module, graph, tensors, branches)
 
     def observe(candidate: fx.GraphModule) -> _Observation:
         with clock("observe"):
@@ -103,9 +112,13 @@ def prune(
     before = after = None
     seen: _Observation | None = None
     renewed = False
-    if recipe.recalibration != "never" and traced.norms and (policy.kept or policy.dropped):
+    if traced.norms and _worth_recalibrating(policy, recipe):
         with clock("recalibrate"):
             norms = _sliced(traced.norms, graph, positions)
+            norms |= {
+                name: replace(norms[name], beta=norms[name].beta + folded.added[name])
+                for name in norms.keys() & folded.added
+            }
             fresh = recalibrated(module, graph, norms, images[:RECALIBRATION_IMAGES])
             candidate = rebuild(traced.module, graph, tensors | fresh, branches)
         if recipe.recalibration == "auto":
@@ -127,6 +140,14 @@ class _Observation:
 
     ranges: Mapping[str, tuple[float, float]]
     divergence: float
+
+
+def _worth_recalibrating(policy: Policy, recipe: Recipe) -> bool:
+    """Whether fresh batch norm statistics are looked at: a reconstruction keeps mean and variance where channels go,
+    without running the model, but where branches go the streams' variance falls."""
+    if recipe.recalibration == "always" or recipe.reconstruction == "none":
+        return recipe.recalibration != "never" and bool(policy.kept or policy.dropped)
+    return recipe.recalibration == "auto" and bool(policy.dropped)
 
 
 def _reconstructed(

@@ -9,10 +9,37 @@ from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
 
-__all__ = ["reconstruct"]
+__all__ = ["least_squares", "reconstruct"]
+
+MOST_GAIN = 2.0  # outputs that the remaining inputs hardly determine would otherwise be mostly noise
 
 
 def reconstruct(
+    layer: Layer, weight: Tensor, bias: Tensor, kept: NDArray[np.int64], moments: Moments, ridge: float
+) -> tuple[Tensor, Tensor]:
+    """New weight and bias of a layer that loses inputs: `least_squares`, then each output varied as before.
+
+    A prediction varies less than what it predicts, and over many layers the signal fades. So each output is scaled
+    around its mean to the variance that the original has on the calibration images, at most doubled. That is what
+    recalibrating a batch norm would do, known here from the moments without running the model. Pooled moments do not
+    tell the outputs' variance, which is then left as solved.
+
+    Args, raises: see `least_squares`.
+    """
+    solved, shift = least_squares(layer, weight, bias, kept, moments, ridge)
+    if moments.pooled > 1:
+        return solved, shift
+    stay = _features(weight, kept, moments)
+    before, after = weight.flatten(1).double(), solved.flatten(1).double()
+    gram = moments.gram.double()
+    wanted = ((before @ gram) * before).sum(1)
+    given = ((after @ gram[stay][:, stay]) * after).sum(1)
+    gain = (wanted / given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
+    shift = shift + ((1 - gain) * (after @ moments.mean[stay])).float()
+    return solved * gain.float().reshape(-1, *[1] * (weight.ndim - 1)), shift
+
+
+def least_squares(
     layer: Layer, weight: Tensor, bias: Tensor, kept: NDArray[np.int64], moments: Moments, ridge: float
 ) -> tuple[Tensor, Tensor]:
     """New weight and bias of a layer that loses inputs, so that its output changes least.
@@ -35,12 +62,9 @@ def reconstruct(
         CompressError: the solve gives no finite weights.
     """
     out, pooled = weight.shape[0], moments.pooled
-    features = len(moments.mean)
-    per_entry = features * pooled // weight.shape[1]  # weight columns of one position on axis 1
-    columns = (kept[:, None] * per_entry + np.arange(per_entry)).ravel()
-    stay = torch.from_numpy(np.unique(columns // pooled))
-    gone = torch.from_numpy(np.setdiff1d(np.arange(features), stay.numpy()))
-    flat = weight.reshape(out, features, pooled)
+    stay = _features(weight, kept, moments)
+    gone = torch.from_numpy(np.setdiff1d(np.arange(len(moments.mean)), stay.numpy()))
+    flat = weight.reshape(out, -1, pooled)
     lost = flat[:, gone].transpose(1, 2).flatten(0, 1)  # (out * pooled, gone)
     dtype = torch.float64 if len(stay) <= 2048 else torch.float32
     change = _solve(moments.gram, stay, moments.gram[stay][:, gone].to(dtype) @ lost.T.to(dtype), ridge).T
@@ -53,6 +77,13 @@ def reconstruct(
         )
     shape = (out, len(kept), *weight.shape[2:])
     return solved.reshape(shape).float(), (bias.to(dtype) + shift).float()
+
+
+def _features(weight: Tensor, kept: NDArray[np.int64], moments: Moments) -> Tensor:
+    """Features of the moments that belong to kept positions on the weight's axis 1, ascending."""
+    per_entry = len(moments.mean) * moments.pooled // weight.shape[1]  # weight columns of one position on axis 1
+    columns = (kept[:, None] * per_entry + np.arange(per_entry)).ravel()
+    return torch.from_numpy(np.unique(columns // moments.pooled))
 
 
 def _solve(gram: Tensor, stay: Tensor, target: Tensor, ridge: float) -> Tensor:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocomp.compress.importance import Evidence
+from autocomp.compress.means import channel_means
 from autocomp.compress.moments import Moments, Sums, reading_layers
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import order_channels
@@ -33,12 +34,14 @@ class Statistics:
         moments: layer that reads a prunable group -> moments of its inputs.
         orders: group -> its channels by the recipe's importance, the most dispensable first.
         ranges: value -> its bounds, by the recipe's method.
+        means: value -> mean of each channel, (channels,); only where the model has branches that can be dropped.
         logits: (n, classes), in the images' order.
     """
 
     moments: Mapping[str, Moments]
     orders: Mapping[str, tuple[int, ...]]
     ranges: Mapping[str, tuple[float, float]]
+    means: Mapping[str, Tensor]
     logits: Tensor
 
 
@@ -67,10 +70,16 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     images = check_images(images, graph)[: recipe.images]
     generator = torch.Generator().manual_seed(recipe.seed)
     sums = {layer.node: Sums.of(layer, graph, len(images)) for layer in reading_layers(graph)}
-    ranges = Ranges(recipe, (node.name for node in graph.nodes if node.shape), len(images))
+    shaped = frozenset(node.name for node in graph.nodes if node.shape)
+    ranges = Ranges(recipe, shaped, len(images))
+    totals: dict[str, Tensor] = {}
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
         ranges.watch(value_of(node), value)
+        if value_of(node) in shaped and graph.branches:
+            totals[value_of(node)] = totals.get(value_of(node), torch.zeros(())) + channel_means(value) * (
+                len(value) / len(images)
+            )
         if node.name in sums:
             sums[node.name].add(read(node.all_input_nodes[0]), generator)
 
@@ -81,7 +90,7 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
     evidence = Evidence(traced, tensors_of(traced.module), moments, images, recipe.ridge, recipe.seed)
     orders = order_channels(evidence, recipe.importance)
-    return Statistics(moments, orders, bounds, logits)
+    return Statistics(moments, orders, bounds, totals, logits)
 
 
 class Watcher(fx.Interpreter):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from autocomp.compress import collect, compress, moments, run
 from autocomp.compress.moments import Moments
-from autocomp.compress.reconstruct import reconstruct
+from autocomp.compress.reconstruct import least_squares, reconstruct
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
 from autocomp.policy import Policy, Recipe
@@ -28,7 +28,7 @@ def test_solve_is_the_affine_least_squares_solution() -> None:
     rows = random.normal(size=(400, 12)) @ random.normal(size=(12, 12)) + random.normal(size=12)
     weight, bias = random.normal(size=(5, 12)), random.normal(size=5)
     kept = np.array([0, 2, 3, 7, 8, 11])
-    solved, shift = reconstruct(
+    solved, shift = least_squares(
         linear(12, 5), torch.tensor(weight).float(), torch.tensor(bias).float(), kept, moments_of(rows), 1e-9
     )
     design = np.concatenate([rows[:, kept], np.ones((400, 1))], axis=1)
@@ -46,7 +46,7 @@ def test_ridge_pulls_towards_the_original_weights() -> None:
     added = ridge * np.trace(covariance[np.ix_(kept, kept)]) / 3
     inverse = np.linalg.inv(covariance[np.ix_(kept, kept)] + added * np.eye(3))
     expected = weight[:, kept] + weight[:, gone] @ covariance[np.ix_(gone, kept)] @ inverse
-    solved, _ = reconstruct(linear(6, 3), torch.tensor(weight).float(), torch.zeros(3), kept, moments_of(rows), ridge)
+    solved, _ = least_squares(linear(6, 3), torch.tensor(weight).float(), torch.zeros(3), kept, moments_of(rows), ridge)
     np.testing.assert_allclose(solved.numpy(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -55,7 +55,7 @@ def test_dependent_channels_are_recovered_exactly() -> None:
     free = random.normal(size=(500, 4))
     rows = np.concatenate([free, free @ random.normal(size=(4, 3)) + 2.0], axis=1)  # the last three follow the others
     weight, bias = random.normal(size=(5, 7)), random.normal(size=5)
-    solved, shift = reconstruct(
+    solved, shift = least_squares(
         linear(7, 5), torch.tensor(weight).float(), torch.tensor(bias).float(), np.arange(4), moments_of(rows), 1e-8
     )
     fresh = random.normal(size=(50, 4))
@@ -69,7 +69,7 @@ def test_pooled_solve_applies_one_prediction_at_each_kernel_position() -> None:
     rows = random.normal(size=(500, 5)) @ random.normal(size=(5, 5)) + 1.0
     weight, bias, kept = random.normal(size=(3, 5, 2, 2)), random.normal(size=3), np.array([0, 1, 3])
     layer = Layer("layer", "conv", "conv2d", (3, 5, 2, 2), 1, (1, 1), (0, 0), (1, 1))
-    solved, shift = reconstruct(
+    solved, shift = least_squares(
         layer, torch.tensor(weight).float(), torch.tensor(bias).float(), kept, moments_of(rows, pooled=4), 1e-9
     )
     predictor = np.linalg.lstsq(np.c_[rows[:, kept], np.ones(500)], rows[:, [2, 4]], rcond=None)[0]  # (kept + 1, gone)
@@ -85,14 +85,31 @@ def test_dead_and_duplicated_channels_do_no_harm() -> None:
     rows[:, 1] = rows[:, 0]
     rows[:, 2] = 0.0
     for kept in (np.array([0, 1, 2]), np.array([2])):
-        weight, bias = reconstruct(linear(6, 3), torch.randn(3, 6), torch.zeros(3), kept, moments_of(rows), 0.0)
+        weight, bias = least_squares(linear(6, 3), torch.randn(3, 6), torch.zeros(3), kept, moments_of(rows), 0.0)
         assert weight.isfinite().all() and bias.isfinite().all()
 
 
 def test_a_solve_without_finite_weights_names_the_layer() -> None:
     found = moments_of(np.random.default_rng(5).normal(size=(50, 4)))
     with pytest.raises(CompressError, match="layer"):
-        reconstruct(linear(4, 2), torch.full((2, 4), torch.nan), torch.zeros(2), np.array([0, 1]), found, 1e-3)
+        least_squares(linear(4, 2), torch.full((2, 4), torch.nan), torch.zeros(2), np.array([0, 1]), found, 1e-3)
+
+
+def test_outputs_vary_and_average_as_before() -> None:
+    random = np.random.default_rng(8)
+    rows = random.normal(size=(4000, 6)) @ random.normal(size=(6, 6)) + random.normal(size=6)
+    weight, bias, kept = random.normal(size=(5, 6)), random.normal(size=5), np.array([0, 2, 3, 5])
+    solved, shift = reconstruct(
+        linear(6, 5), torch.tensor(weight).float(), torch.tensor(bias).float(), kept, moments_of(rows), 1e-6
+    )
+    plain, _ = least_squares(
+        linear(6, 5), torch.tensor(weight).float(), torch.tensor(bias).float(), kept, moments_of(rows), 1e-6
+    )
+    before, after = rows @ weight.T + bias, rows[:, kept] @ solved.numpy().T + shift.numpy()
+    np.testing.assert_allclose(after.mean(0), before.mean(0), rtol=1e-3, atol=1e-3)
+    shrunk = (rows[:, kept] @ plain.numpy().T).std(0) / before.std(0)
+    assert shrunk.max() < 1 and shrunk.min() < 0.9
+    np.testing.assert_allclose(after.std(0), before.std(0) * np.minimum(1, 2 * shrunk), rtol=1e-3)
 
 
 def test_moments_are_those_of_the_unfolded_inputs(chain: Case) -> None:

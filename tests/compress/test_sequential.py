@@ -1,0 +1,120 @@
+"""Solving in sequence, against least squares on the values that the compressed model really has."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from autocomp.compress import Traced, compress, run, sequential, trace
+from autocomp.compress.sequential import solve_in_sequence
+from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
+from autocomp.policy import Policy, Recipe
+from tests.compress.conftest import UNSIGNED, Case
+from tests.compress.nets import images, trained
+
+SEQUENTIAL = Recipe(reconstruction="sequential", recalibration="never", ridge=1e-6)
+
+
+def error(case: Case, policy: Policy, recipe: Recipe) -> float:
+    compressed = compress(case.traced, case.statistics, policy, recipe, UNSIGNED, case.images)
+    return float((run(compressed.module, case.images) - run(case.traced.module, case.images)).square().mean())
+
+
+@pytest.mark.parametrize("share", [0.75, 0.5])
+def test_it_brings_the_output_nearer_than_statistics_of_the_whole_model(mixed: Case, share: float) -> None:
+    policy = Policy({group.name: int(group.channels * share) for group in mixed.traced.graph.groups})
+    assert error(mixed, policy, SEQUENTIAL) < 0.8 * error(
+        mixed, policy, replace(SEQUENTIAL, reconstruction="closed_form")
+    )
+
+
+def test_it_makes_up_for_dropped_branches(mixed: Case) -> None:
+    policy = Policy({}, frozenset([mixed.traced.graph.branches[0].name]))
+    assert error(mixed, policy, SEQUENTIAL) < 0.5 * error(mixed, policy, replace(SEQUENTIAL, reconstruction="none"))
+
+
+def solved(traced: Traced, kept: dict[str, tuple[int, ...]], inputs: Tensor) -> dict[str, Tensor]:
+    policy = Policy({name: len(channels) for name, channels in kept.items()})
+    positions = kept_positions(traced.graph, kept)
+    module = rebuild(traced.module, traced.graph, slice_tensors(tensors_of(traced.module), positions))
+    return solve_in_sequence(traced, module, policy, positions, inputs, SEQUENTIAL)
+
+
+class Residual(nn.Module):
+    """A block whose sum meets no ReLU. Input (n, 3, 5, 5)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, 3, padding=1)
+        self.outer, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        x = x + self.outer(torch.tanh(self.inner(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_is_the_least_squares_solution_on_its_real_inputs() -> None:
+    model, inputs = trained(Residual()), images(40, 5)
+    found = solved(trace(model, inputs[:2]), {"inner": (0, 2, 3, 6)}, inputs)
+    with torch.no_grad():
+        stream = F.relu(model.stem(inputs))
+        inner = torch.tanh(model.inner(stream))
+        wanted = model.outer(inner)
+
+    def rows(value: Tensor) -> np.ndarray:
+        return value.movedim(1, -1).flatten(0, -2).double().numpy()
+
+    design = np.c_[rows(inner[:, [0, 2, 3, 6]]), np.ones(40 * 25)]
+    expected, *_ = np.linalg.lstsq(design, rows(wanted), rcond=None)
+    np.testing.assert_allclose(found["outer.weight"].flatten(1).numpy(), expected[:-1].T, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(found["outer.bias"].numpy(), expected[-1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_branch_makes_up_for_what_its_stream_lacks() -> None:
+    """The stem is pruned with the whole stream left: its loss is added to what the branch is solved for."""
+    model, inputs = trained(Residual()), images(40, 5)
+    traced = trace(model, inputs[:2])
+    module = rebuild(traced.module, traced.graph, {**tensors_of(traced.module), "stem.bias": torch.zeros(6)})
+    found = solve_in_sequence(traced, module, Policy({"inner": 7}), {}, inputs, SEQUENTIAL)
+    tensors = {**tensors_of(module), **found}
+    again = rebuild(module, traced.graph, tensors)
+    whole, left = run(traced.module, inputs), run(module, inputs)
+    assert float((run(again, inputs) - whole).square().mean()) < 0.05 * float((left - whole).square().mean())
+
+
+def test_an_unpruned_model_stays_as_it_is(mixed: Case) -> None:
+    found = solve_in_sequence(mixed.traced, mixed.traced.module, Policy(), {}, mixed.images, Recipe())
+    for name, tensor in found.items():
+        assert torch.allclose(tensor, tensors_of(mixed.traced.module)[name], rtol=1e-3, atol=1e-4)
+
+
+def test_equal_seeds_give_equal_weights_and_the_model_is_untouched(mixed: Case) -> None:
+    policy = Policy({group.name: group.channels // 2 for group in mixed.traced.graph.groups})
+    before = {name: tensor.clone() for name, tensor in tensors_of(mixed.traced.module).items()}
+    first, second = (
+        compress(mixed.traced, mixed.statistics, policy, SEQUENTIAL, UNSIGNED, mixed.images) for _ in range(2)
+    )
+    assert all(np.array_equal(first.tensors[name], second.tensors[name]) for name in first.tensors)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors_of(mixed.traced.module).items())
+
+
+def test_fewer_images_where_their_maps_would_not_fit(mixed: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = Policy({group.name: group.channels // 2 for group in mixed.traced.graph.groups})
+    monkeypatch.setattr(sequential, "ACTIVATIONS_BYTES", 10 * sequential._live_bytes(mixed.traced.graph))
+    few = compress(mixed.traced, mixed.statistics, policy, SEQUENTIAL, UNSIGNED, mixed.images)
+    monkeypatch.setattr(sequential, "PATCHES_BYTES", 1)
+    none = compress(mixed.traced, mixed.statistics, policy, SEQUENTIAL, UNSIGNED, mixed.images)
+    plain = compress(
+        mixed.traced,
+        mixed.statistics,
+        policy,
+        replace(SEQUENTIAL, reconstruction="closed_form"),
+        UNSIGNED,
+        mixed.images,
+    )
+    assert all(np.array_equal(none.tensors[name], plain.tensors[name]) for name in plain.tensors)
+    assert not all(np.array_equal(few.tensors[name], plain.tensors[name]) for name in plain.tensors)
