@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from autocomp.compress.importance import Evidence
 from autocomp.compress.means import channel_means
 from autocomp.compress.moments import Moments, Sums, reading_layers
 from autocomp.compress.naming import value_of
@@ -63,7 +64,7 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
 
     Raises:
         DataError: the images do not fit the model, or hold NaN.
-        CompressError: a layer's output is not finite on them; it is named.
+        CompressError: a layer's output, or a score of importance, is not finite on them; it is named.
     """
     graph = traced.graph
     images = check_images(images, graph)[: recipe.images]
@@ -87,7 +88,8 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
         logits = torch.cat([watcher.run(part) for part in batches(images, BATCH)])
     bounds = ranges.bounds(graph)
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
-    orders = order_channels(graph, tensors_of(traced.module), moments, recipe)
+    evidence = Evidence(traced, tensors_of(traced.module), moments, images, recipe.ridge, recipe.seed)
+    orders = order_channels(evidence, recipe.importance)
     return Statistics(moments, orders, bounds, totals, logits)
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from autocomp.capabilities import Numerics
 from autocomp.compress import Statistics, Traced, collect, trace
+from autocomp.compress.importance import Evidence
+from autocomp.compress.surgery import tensors_of
 from autocomp.policy import Recipe
 from tests.compress.nets import Chain, Mixed, images, trained
 
@@ -37,3 +39,18 @@ def mixed() -> Case:
 @pytest.fixture(scope="session")
 def chain() -> Case:
     return case(trained(Chain()), 8)
+
+
+def evidence_of(traced: Traced, data: Tensor, seed: int = 0) -> Evidence:
+    found = collect(traced, data, Recipe(importance="group_l2"))
+    return Evidence(traced, tensors_of(traced.module), found.moments, data, 1e-3, seed)
+
+
+@pytest.fixture(scope="session")
+def chained(chain: Case) -> Evidence:
+    return evidence_of(chain.traced, chain.images)
+
+
+@pytest.fixture(scope="session")
+def mixture(mixed: Case) -> Evidence:
+    return evidence_of(mixed.traced, mixed.images[:16])

@@ -1,19 +1,15 @@
-"""Importance and the closed-form solve, against brute force."""
-
-from dataclasses import replace
+"""The closed-form solve, against brute force."""
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from autocomp.compress import Statistics, collect, compress, moments, run
+from autocomp.compress import collect, compress, moments, run
 from autocomp.compress.moments import Moments
-from autocomp.compress.ordering import group_l2, least_error, order_channels, select
 from autocomp.compress.reconstruct import least_squares, reconstruct
-from autocomp.compress.surgery import tensors_of
 from autocomp.errors import CompressError
-from autocomp.graph import Group, Layer, Member
+from autocomp.graph import Layer
 from autocomp.policy import Policy, Recipe
 from tests.compress.conftest import UNSIGNED, Case
 
@@ -114,62 +110,6 @@ def test_outputs_vary_and_average_as_before() -> None:
     shrunk = (rows[:, kept] @ plain.numpy().T).std(0) / before.std(0)
     assert shrunk.max() < 1 and shrunk.min() < 0.9
     np.testing.assert_allclose(after.std(0), before.std(0) * np.minimum(1, 2 * shrunk), rtol=1e-3)
-
-
-def test_importance_sums_what_writes_and_reads_a_channel(mixed: Case) -> None:
-    graph, state = mixed.traced.graph, mixed.traced.module.state_dict()
-    squares = {name: tensor.double().square() for name, tensor in state.items()}
-    expected = squares["last.weight"].sum((1, 2, 3)) + squares["hidden.weight"].reshape(20, 8, 16).sum((0, 2))
-    np.testing.assert_allclose(group_l2(graph.group_by_name["last"], state), expected.numpy())
-
-
-def test_the_largest_channels_stay_and_the_earlier_of_equals(chain: Case) -> None:
-    tensors = tensors_of(chain.traced.module)
-    tensors = {**tensors, "conv1.weight": torch.ones(8, 3, 3, 3), "conv2.weight": torch.ones(6, 8, 3, 3)}
-    tensors["conv1.weight"][5] = 2.0
-    orders = order_channels(chain.traced.graph, tensors, {}, Recipe(importance="group_l2"))
-    assert orders["conv1"] == (7, 6, 4, 3, 2, 1, 0, 5)
-    assert select(orders, Policy({"conv1": 3})) == {"conv1": (0, 1, 5)}
-
-
-def test_least_error_order_is_that_of_greedy_elimination() -> None:
-    """Two features a channel: at each step every candidate is tried out by least squares."""
-    random = np.random.default_rng(6)
-    rows = random.normal(size=(600, 10)) @ random.normal(size=(10, 10)) + 0.3
-    weight = random.normal(size=(4, 10))
-    positions = tuple((2 * channel, 2 * channel + 1) for channel in range(5))
-    group = Group("writer", 5, (Member("reader.weight", 1, positions),))
-    centred = rows - rows.mean(0)
-
-    def error(channels: list[int]) -> float:
-        left = [column for channel in channels for column in positions[channel]]
-        solved, *_ = np.linalg.lstsq(centred[:, left], centred @ weight.T, rcond=None)
-        return float(np.square(centred @ weight.T - centred[:, left] @ solved).mean())
-
-    alive, expected = list(range(5)), []
-    while len(alive) > 1:
-        expected.append(min(alive, key=lambda gone: error([channel for channel in alive if channel != gone])))
-        alive.remove(expected[-1])
-    tensors = {"reader.weight": torch.tensor(weight).float()}
-    assert least_error(group, tensors, {"reader": moments_of(rows)}, 1e-6) == (*expected, *alive)
-
-
-def test_least_error_prunes_better_than_magnitude(mixed: Case) -> None:
-    recipe = Recipe(importance="least_error", recalibration="never")
-    statistics = collect(mixed.traced, mixed.images, recipe)
-    assert all(
-        sorted(order) == list(range(mixed.traced.graph.group_by_name[name].channels))
-        for name, order in statistics.orders.items()
-    )
-    policy = Policy({group.name: group.channels // 2 for group in mixed.traced.graph.groups})
-    reference = run(mixed.traced.module, mixed.images)
-
-    def error(found: Statistics) -> float:
-        compressed = compress(mixed.traced, found, policy, recipe, UNSIGNED, mixed.images)
-        return float((run(compressed.module, mixed.images) - reference).square().mean())
-
-    magnitude = collect(mixed.traced, mixed.images, replace(recipe, importance="group_l2"))
-    assert error(statistics) < error(magnitude)
 
 
 def test_moments_are_those_of_the_unfolded_inputs(chain: Case) -> None:
