@@ -14,17 +14,19 @@ from autocomp.data import Splits, splits_from_objects
 from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend
 from autocomp.errors import AutocompError, EngineError, InfeasibleError, InputError, RunError
 from autocomp.models import LoadedModel, wrap_model
-from autocomp.outcome import Event, Observer, SearchResult
-from autocomp.report import write_report
+from autocomp.outcome import Event, Note, Observer, SearchResult
+from autocomp.report import write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
+from autocomp.study.sensitivity import Sensitivity
+from autocomp.study.sweep import THOROUGH, obtain
 from autocomp.study.verify import verification_protocol
 from autocomp.study.workbench import Workbench, data_options, package_versions, prepare
 
-__all__ = ["Interrupted", "apply_policy", "load_result", "measure", "resume", "run_search", "search"]
+__all__ = ["Interrupted", "apply_policy", "load_result", "measure", "resume", "run_search", "run_sensitivity", "search"]
 
 LIVE = "object:"
 """Marks a configuration whose model or data was a live object."""
@@ -152,8 +154,7 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
         InputError: the policy does not fit the model, or weights or data are not those it was made with.
     """
     shipped = ShippedPolicy.read(policy)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already and is not empty: choose another --out")
+    _refuse_filled(out)
     if shipped.settings:
         config = SearchConfig.from_json({**config.to_json(), **shipped.settings})
     bench = prepare(config, _silent, recipe=shipped.recipe if shipped.digests else None)
@@ -172,6 +173,30 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
             "versions in its manifest.json"
         )
     return out
+
+
+def run_sensitivity(config: SearchConfig, observer: Observer | None = None) -> tuple[Sensitivity, Path]:
+    """Measure what every single choice of the space does to a model, or find it in the user's cache.
+
+    Returns:
+        what was measured, and the folder with ``sensitivity.csv``, ``sensitivity.json`` and ``sensitivity.png``.
+
+    Raises:
+        InputError: something given does not fit; the message says what to change.
+    """
+    watch = observer or _silent
+    folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now(), "sensitivity")
+    _refuse_filled(folder)
+    bench = prepare(config, watch)
+    for text in bench.notes:
+        watch(Note(text))
+    if not bench.splits.labelled:
+        watch(Note(f"{bench.splits.source} is no real data: what is found there says little about real images"))
+    sensitivity = obtain(bench, THOROUGH, watch)
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_sensitivity(sensitivity, folder)
+    return sensitivity, folder
 
 
 def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statistic: str = "p50") -> LatencyEstimate:
@@ -197,6 +222,11 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
         with device_lock(backend.device):
             timing = compare(candidate, other, protocol)
         return estimate(timing, statistic)
+
+
+def _refuse_filled(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already and is not empty: choose another --out")
 
 
 def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:

@@ -144,9 +144,9 @@ def read_config(path: Path | None, flags: Mapping[str, object]) -> SearchConfig:
     return SearchConfig(**{**_from_file(path), **_checked(given, "the flags")})
 
 
-def default_folder(config: SearchConfig, now: datetime) -> Path:
-    """``runs/<timestamp>-<model>-<budget>``, free of characters that a file system minds; not there yet."""
-    words = (now.strftime("%Y%m%d-%H%M%S"), config.model.rpartition(":")[2], *config.budget)
+def default_folder(config: SearchConfig, now: datetime, *prefix: str) -> Path:
+    """``runs/<prefix>-<timestamp>-<model>-<budget>``, free of characters that a file system minds; not there yet."""
+    words = (*prefix, now.strftime("%Y%m%d-%H%M%S"), config.model.rpartition(":")[2], *config.budget)
     name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-.") for word in words)
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())

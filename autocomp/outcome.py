@@ -19,7 +19,9 @@ __all__ = [
     "Phase",
     "SearchResult",
     "Stage",
+    "Step",
     "TrialDone",
+    "Trust",
     "layer_choices",
 ]
 
@@ -29,8 +31,8 @@ ROLES = ("reference", "best", "uniform", "random")
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``floor``, ``search``, ``uniform``,
-    ``random``, ``selection``, ``verify``, ``test``. ``total`` counts its steps where known."""
+    """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``floor``, ``sensitivity``, ``search``,
+    ``uniform``, ``random``, ``selection``, ``verify``, ``trust``, ``test``. ``total`` counts its steps where known."""
 
     name: str
     total: int | None = None
@@ -53,13 +55,18 @@ class TrialDone:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One step of the phase is done, where its steps are no trials."""
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """One line the user should read: a warning, or a decision taken on their behalf."""
 
     text: str
 
 
-Event = Phase | Stage | TrialDone | Note
+Event = Phase | Stage | Step | TrialDone | Note
 Observer = Callable[[Event], None]
 
 
@@ -184,6 +191,31 @@ def layer_choices(graph: LayerGraph, policy: Policy) -> tuple[LayerChoice, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """How the score that guided a search ranks policies that were scored again on images it never saw.
+
+    Attributes:
+        spearman: rank correlation of the divergence on the search split with that on the selection split.
+        low, high: its 95% bootstrap interval.
+        policies: behind it.
+    """
+
+    spearman: float
+    low: float
+    high: float
+    policies: int
+
+    def __str__(self) -> str:
+        return (
+            f"the search score ranks {self.policies} policies as held-out images do with Spearman "
+            f"{self.spearman:.2f} (95%: {self.low:.2f} to {self.high:.2f})"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What `autocomp.search` returns and ``--json`` prints.
@@ -200,6 +232,7 @@ class SearchResult:
         device: fingerprint of where it was measured.
         predicted: latencies are estimates (simulated engine), nothing is verified.
         layers: what ``best`` does to each layer; empty where there is no best.
+        trust: in the score that guided the search; None where too few policies were scored.
     """
 
     verified: bool
@@ -213,6 +246,7 @@ class SearchResult:
     device: Mapping[str, Any]
     predicted: bool = False
     layers: tuple[LayerChoice, ...] = ()
+    trust: Trust | None = None
 
     @property
     def best(self) -> Contender | None:
@@ -236,6 +270,7 @@ class SearchResult:
             "device": dict(self.device),
             "notes": list(self.notes),
             "layers": [choice.to_json() for choice in self.layers],
+            "trust": None if self.trust is None else self.trust.to_json(),
         }
 
     @classmethod
@@ -253,4 +288,5 @@ class SearchResult:
             device=data["device"],
             predicted=data["predicted"],
             layers=tuple(LayerChoice.from_json(choice) for choice in data["layers"]),
+            trust=Trust(**data["trust"]) if data.get("trust") else None,
         )

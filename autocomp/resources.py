@@ -8,11 +8,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from platformdirs import user_data_path
+from platformdirs import user_cache_path, user_data_path
 
 from autocomp.errors import ConfigError, RunError, SpaceError
 
-__all__ = ["Kind", "available", "find", "writable"]
+__all__ = ["Kind", "available", "cache", "find", "writable"]
 
 Kind = Literal["search_spaces", "hardware_profiles"]
 
@@ -68,6 +68,11 @@ def writable(kind: Kind) -> Path:
         if root.is_dir() and os.access(root, os.W_OK | os.X_OK):
             return root
     raise RunError(f"no folder for {kind} can be written: make {here} and try again")
+
+
+def cache(name: str) -> Path:
+    """The user's folder for what can be measured again; it may not exist yet."""
+    return user_cache_path("autocomp") / name
 
 
 def _roots(kind: Kind) -> tuple[Path, Path, Path]:

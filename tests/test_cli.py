@@ -19,9 +19,10 @@ from autocomp.budget import parse_budgets
 from autocomp.cli import main
 from autocomp.config import SearchConfig
 from autocomp.errors import AutocompError, EngineError, InfeasibleError, ModelError
-from autocomp.outcome import Contender, Note, Phase, SearchResult
+from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
+from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,6 +74,12 @@ class FakeApi:
         self._answer("apply_policy", policy, config, out)
         return out
 
+    def run_sensitivity(self, config: SearchConfig, observer: Callable[..., None]) -> Any:
+        observer(Phase("sensitivity", 1))
+        observer(Step())
+        print("a library chats")
+        return self._answer("run_sensitivity", config), Path("runs/s")
+
     def measure(self, onnx: Path, spec: Any, reference: Path | None, statistic: str) -> Any:
         return self._answer("measure", onnx, spec, reference, statistic)
 
@@ -87,7 +94,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
     fake = FakeApi()
     module = ModuleType("autocomp.api")
-    for name in ("run_search", "resume", "load_result", "apply_policy", "measure"):
+    for name in ("run_search", "run_sensitivity", "resume", "load_result", "apply_policy", "measure"):
         setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "autocomp.api", module)
     monkeypatch.setattr(autocomp, "api", module, raising=False)
@@ -201,6 +208,8 @@ def test_nothing_verified_is_status_3_with_its_table(api: FakeApi, capfd: pytest
         ("search --budget 15ms --config gone.toml", "cannot read gone.toml"),
         ("search --budget 15ms --trails 3", "No such option: --trails"),
         ("search --budget 15ms --trials many", "--trials"),
+        ("sensitivity --threads 0", "threads must be at least 1"),
+        ("sensitivity a b", "unexpected extra argument"),
         ("measure x.onnx --statistic p90", "use p50, p95 or p99"),
         ("measure x.onnx --threads 0", "threads must be at least 1"),
         ("spaces show nope", "unknown search space 'nope'"),
@@ -261,6 +270,38 @@ def test_measure_prints_bounds_or_json(
     assert printed == {**estimate(0.5).to_json(), "predicted": False, "batch": 1, "threads": 1}
     documented = (ROOT / "docs" / "json.md").read_text().split("## `measure`")[1]
     assert all(f"`{name}`" in documented for name in printed)
+
+
+def sensitivity() -> Sensitivity:
+    row = SensitivityRow("channels", "layer1.0.conv1", 8, 0.5, 0.0123, 0.2, 100, 400)
+    return Sensitivity("key", "m:f", "d:f", 64, 1000, 4000, (row,))
+
+
+def test_sensitivity_passes_settings_and_prints_a_table(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    api.outcome = sensitivity()
+    flags = "--weights w.pt --data d:f --space prune --engine simulated --batch 8 --threads 2 --seed 4 --out there"
+    assert run("sensitivity", "m:f", *flags.split()) == 0
+    config = SearchConfig(
+        model="m:f", weights="w.pt", data="d:f", space="prune", engine="simulated", batch=8, threads=2, seed=4,
+        out="there",
+    )  # fmt: skip
+    assert api.calls == [("run_sensitivity", config)]
+    out = capfd.readouterr().out
+    assert re.search(r"layer1\.0\.conv1 +12\.3 +10\.0 %", out) and out.splitlines()[-1] == "folder: runs/s"
+
+
+def test_sensitivity_as_json_and_interrupted(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    api.outcome = sensitivity()
+    assert run("sensitivity", "--json") == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out) == {**sensitivity().to_json(), "folder": "runs/s"} and "a library chats" in err
+    for flags in ((), ("--json",)):
+        api.outcome = KeyboardInterrupt()
+        assert run("sensitivity", *flags) == 130
+        assert "autocomp: interrupted" in capfd.readouterr().err
+        api.outcome = ModelError("no such model")
+        assert run("sensitivity", *flags) == 2
+        assert "autocomp: no such model" in capfd.readouterr().err
 
 
 def test_report_writes_the_files_again(api: FakeApi, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -331,7 +372,14 @@ def readme_commands() -> list[str]:
 
 
 def test_readme_has_commands() -> None:
-    assert {shlex.split(line)[1] for line in readme_commands()} >= {"search", "report", "apply", "measure", "spaces"}
+    assert {shlex.split(line)[1] for line in readme_commands()} >= {
+        "search",
+        "report",
+        "apply",
+        "measure",
+        "sensitivity",
+        "spaces",
+    }
 
 
 @pytest.mark.parametrize("line", readme_commands())
@@ -339,4 +387,6 @@ def test_commands_of_the_readme_parse(api: FakeApi, monkeypatch: pytest.MonkeyPa
     (folder / "runs" / "half").mkdir(parents=True)
     if " measure " in line:
         api.outcome = estimate(0.5)
+    if " sensitivity" in line:
+        api.outcome = sensitivity()
     assert run(*shlex.split(line)[1:]) == 0

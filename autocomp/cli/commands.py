@@ -20,6 +20,7 @@ from autocomp.cli.flags import (
     Model,
     Seed,
     Size,
+    Space,
     Std,
     Text,
     Threads,
@@ -76,7 +77,7 @@ def search(
     hardware: Hardware = None,
     threads: Threads = None,
     batch: Batch = None,
-    space: Annotated[Text, typer.Option(help="search space, by name or file [default]")] = None,
+    space: Space = None,
     controller: Annotated[Text, typer.Option(help="evolution, tpe, nsga2 or random [evolution]")] = None,
     trials: Annotated[Whole, typer.Option(help="policies to evaluate [48]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
@@ -152,6 +153,49 @@ def apply(
     with quiet_stdout():
         written = api.apply_policy(policy, settings, out)
     print(written)
+
+
+@app.command()
+def sensitivity(
+    context: typer.Context,
+    model: Annotated[Text, typer.Argument(help="zoo:NAME, torchvision:NAME or package.module:factory")] = None,
+    weights: Weights = None,
+    data: Data = None,
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    space: Space = None,
+    seed: Seed = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    calibration_images: CalibrationImages = None,
+    search_images: Annotated[Whole, typer.Option(help="images that divergences may be measured on [2048]")] = None,
+    out: Annotated[Text, typer.Option(help="folder for what is written [runs/sensitivity-TIME-MODEL]")] = None,
+    config: Config = None,
+    json: AsJson = None,
+) -> None:
+    """Measure what each single choice of the space costs in accuracy and saves: a table, a CSV and a picture."""
+    from autocomp.config import read_config
+
+    settings = read_config(config, settings_of(context))
+    from autocomp import api
+    from autocomp.report import LiveScreen, print_sensitivity
+
+    try:
+        if settings.json:
+            with quiet_stdout(), LiveScreen(console(sys.stderr)) as screen:
+                found, folder = api.run_sensitivity(settings, screen)
+            print_json({**found.to_json(), "folder": str(folder)})
+        else:
+            screen_and_table = console(sys.stdout)
+            with LiveScreen(screen_and_table) as screen:
+                found, folder = api.run_sensitivity(settings, screen)
+            print_sensitivity(found, screen_and_table)
+            print(f"folder: {folder}")
+    except KeyboardInterrupt:
+        fail("interrupted: nothing was kept, start again", INTERRUPTED)
 
 
 @app.command()

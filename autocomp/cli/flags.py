@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Seed",
     "Size",
+    "Space",
     "Std",
     "Text",
     "Threads",
@@ -45,6 +46,7 @@ Batch = Annotated[Whole, typer.Option(help="images a run [1; 32 for the default 
 Mean = Annotated[Text, typer.Option(help="channel means of the data, as 0.5,0.5,0.5")]
 Std = Annotated[Text, typer.Option(help="channel standard deviations of the data, as 0.2,0.2,0.2")]
 Size = Annotated[Whole, typer.Option(help="side of the square input, in pixels")]
+Space = Annotated[Text, typer.Option(help="search space, by name or file [default]")]
 Seed = Annotated[Whole, typer.Option(help="of every draw [0]")]
 CalibrationImages = Annotated[Whole, typer.Option(help="images for ranges and reconstruction [1024]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with these names as keys [autocomp.toml where present]")]

@@ -5,9 +5,10 @@ from autocomp.compress.arrays import logits_of, to_tensor
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
-from autocomp.compress.sensitivity import branch_costs
+from autocomp.compress.sensitivity import divergences
 from autocomp.compress.statistics import Statistics, collect
 from autocomp.compress.surgery import run
+from autocomp.compress.surrogate import lost_outputs
 from autocomp.compress.tracing import Traced, trace
 
 __all__ = [
@@ -16,12 +17,13 @@ __all__ = [
     "Norm",
     "Statistics",
     "Traced",
-    "branch_costs",
     "collect",
     "compress",
+    "divergences",
     "export_compressed",
     "export_onnx",
     "logits_of",
+    "lost_outputs",
     "run",
     "structure",
     "to_tensor",

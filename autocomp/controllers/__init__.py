@@ -8,6 +8,7 @@ shorter than asked for means that there is no other.
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
+from autocomp.controllers.allocation import Allocation, allocate, frontier
 from autocomp.controllers.evolution import EvolutionController
 from autocomp.controllers.initial import warm_start
 from autocomp.controllers.random import RandomController
@@ -16,7 +17,7 @@ from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.space import PolicySpace
 
-__all__ = ["CONTROLLERS", "make_controller", "warm_start"]
+__all__ = ["CONTROLLERS", "Allocation", "allocate", "frontier", "make_controller", "warm_start"]
 
 Factory = Callable[[PolicySpace, int, Sequence[Policy]], Controller]
 

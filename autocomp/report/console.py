@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.outcome import Event, Note, Phase, SearchResult, Stage, TrialDone
+from autocomp.outcome import Event, Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.report.tables import (
     ContenderRow,
     contender_rows,
@@ -41,7 +41,7 @@ class LiveScreen:
         self._console = console
         self._phase: Phase | None = None
         self._begun = monotonic()
-        self._done = 0
+        self._done = self._trials = 0
         self._stage: Stage | None = None
         self._best: dict[str, TrialResult] = {}
         # Drawn on events only: a thread that redraws by the clock would disturb what is being timed.
@@ -63,9 +63,12 @@ class LiveScreen:
         match event:
             case Phase():
                 self._end_phase()
-                self._phase, self._begun, self._done, self._stage = event, monotonic(), 0, None
+                self._phase, self._begun, self._stage = event, monotonic(), None
+                self._done = self._trials = 0
             case Stage():
                 self._stage = event
+            case Step():
+                self._advance()
             case TrialDone(result):
                 self._count(result)
             case Note(text):
@@ -74,10 +77,14 @@ class LiveScreen:
             self._live.refresh()
 
     def _count(self, result: TrialResult) -> None:
-        self._done += 1
         best = self._best.get(result.role)
         if result.feasible and (best is None or _rank(result) < _rank(best)):
             self._best[result.role] = result
+        self._trials += 1
+        self._advance()
+
+    def _advance(self) -> None:
+        self._done += 1
         total = self._phase.total if self._phase else None
         if not self._console.is_terminal and total and self._done < total and self._done % max(total // 10, 1) == 0:
             self._print(self._line().plain)
@@ -85,9 +92,9 @@ class LiveScreen:
     def _end_phase(self) -> None:
         if self._phase is None:
             return
-        counted = f"{self._done} trial{'s' * (self._done != 1)} in " if self._done else ""
+        counted = f"{self._trials} trial{'s' * (self._trials != 1)} in " if self._trials else ""
         best = self._best.get(self._phase.name)
-        found = f"; best {_found(best)}" if best and self._done else ""
+        found = f"; best {_found(best)}" if best and self._trials else ""
         self._print(f"{self._phase.name}: {counted}{duration(monotonic() - self._begun)}{found}")
         self._phase = None
 

@@ -61,6 +61,7 @@ def render(result: SearchResult, manifest: Mapping[str, Any]) -> str:
         f"## Result\n\n{_contenders(result)}",
         f"## What was chosen\n\n{_choices(result)}",
         f"## Trials\n\n{_trials(result)}",
+        f"## Trust\n\n{_trust(result)}",
         f"![What each trial cost and how good it was]({PICTURE})",
         f"## Device\n\n{_device(result, manifest)}",
     ]
@@ -185,6 +186,16 @@ def _trials(result: SearchResult) -> str:
         rest = [f"- and {len(failed) - MAX_FAILURES} more in `journal.jsonl`"] if len(failed) > MAX_FAILURES else []
         parts.append("\n".join(["Failures:\n", *lines[:MAX_FAILURES], *rest]))
     return "\n\n".join(parts)
+
+
+def _trust(result: SearchResult) -> str:
+    if result.trust is None:
+        return "Too few policies were scored to say how well the search score ranks them on other images."
+    text = str(result.trust)
+    return (
+        f"{text[0].upper()}{text[1:]}. The policies are spread from the best score to the worst; near 1, what looked "
+        "better in the search is better on images it never saw. Test images take no part in it."
+    )
 
 
 def _device(result: SearchResult, manifest: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from autocomp.budget import parse_budgets
-from autocomp.controllers import make_controller, warm_start
+from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ModelError
 from autocomp.hardware import LatencyTable
@@ -18,9 +18,11 @@ from autocomp.study.executors import make_executor
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
+from autocomp.study.starts import initial_policies
 from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
 from autocomp.study.trial import Limits, Trials
+from autocomp.study.trust import gauge
 from autocomp.study.verify import (
     Finalist,
     Verdict,
@@ -109,7 +111,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
     executor = make_executor(bench.config.executor, trials)
     study = Study(run, executor, observer)
     try:
-        for plan in _plans(bench):
+        for plan in _plans(bench, initial_policies(bench, limits, run, WARM_STARTS, observer)):
             study.explore(plan)
     finally:
         executor.close()
@@ -119,6 +121,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
     held_out = bench.splits.selection
     selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, metric)
     winners = _verified(bench, trials, study, selection, run, observer)
+    trust = gauge(trials, study.results, selection, run, bench.config.seed, observer)
     run.record("choice", contenders={role: found.trial.policy.to_json() for role, (found, _) in winners.items()})
     tested = run.entries("test")
     if tested:  # read before a stop; it is not read again
@@ -127,6 +130,8 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         contenders = _contenders(bench, trials, study, selection, winners, reference, observer)
         run.record("test", contenders={role: row.to_json() for role, row in contenders.items()})
     best = contenders.get("best")
+    if trust is not None:
+        note(str(trust))
     result = SearchResult(
         verified=best is not None and best.verified,
         budgets=limits.budgets,
@@ -139,6 +144,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         device=bench.backend.device.to_json(),
         predicted=not bench.backend.measures,
         layers=layer_choices(bench.traced.graph, best.policy) if best is not None else (),
+        trust=trust,
     )
     ship(bench, run, result, study.results)
     return result
@@ -182,11 +188,11 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     return limits, estimates[0]
 
 
-def _plans(bench: Workbench) -> list[Plan]:
+def _plans(bench: Workbench, initial: Sequence[Policy]) -> list[Plan]:
     """The search, then both baselines with as many evaluations."""
     config, space = bench.config, bench.space
     granted = config.resolved_baseline_trials()
-    controller = make_controller(config.controller, space, config.seed, warm_start(space, WARM_STARTS, bench.cheapest))
+    controller = make_controller(config.controller, space, config.seed, initial)
     plans = [Plan("search", controller, config.trials, config.wave)]
     if granted:
         uniform = _spread(space.uniform(), granted)

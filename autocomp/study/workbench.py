@@ -16,7 +16,6 @@ from autocomp.compress import (
     Compressed,
     Statistics,
     Traced,
-    branch_costs,
     collect,
     compress,
     export_compressed,
@@ -28,7 +27,7 @@ from autocomp.compress import (
 )
 from autocomp.config import SearchConfig
 from autocomp.controllers import CONTROLLERS
-from autocomp.data import DataOptions, Splits, load_data
+from autocomp.data import DataOptions, Split, Splits, load_data
 from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.models import LoadedModel, check_logits, load_model
@@ -47,6 +46,7 @@ __all__ = [
     "backend_spec",
     "chance_limit",
     "data_options",
+    "first_images",
     "package_versions",
     "prepare",
 ]
@@ -118,7 +118,8 @@ class Workbench:
         recipe: of compression in trials.
         finishing: of finalists: the same with every layer solved in sequence.
         reference: the uncompressed fp32 model's ONNX.
-        cheapest: removable branches, the one whose loss costs least first.
+        images: the calibration images, (n, c, h, w).
+        statistics: of the uncompressed model on them.
         notes: lines the user should read.
     """
 
@@ -133,7 +134,8 @@ class Workbench:
     recipe: Recipe
     finishing: Recipe
     reference: bytes
-    cheapest: tuple[str, ...]
+    images: Images
+    statistics: Statistics
     notes: tuple[str, ...]
 
     @property
@@ -192,16 +194,13 @@ def prepare(
     space = space_file.restrict(traced.graph, capabilities)
     observer(Phase("statistics"))
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
-    images = _first(splits, recipe.images)
+    images = first_images(splits.calibration, recipe.images)
     statistics = collect(traced, to_tensor(images), recipe)
-    costs = branch_costs(traced, statistics, to_tensor(images))
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
-    cheapest = tuple(sorted(costs, key=costs.__getitem__))
     notes = (*traced.notes, *notes)
-    return Workbench(
-        config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference, cheapest, notes
-    )
+    made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
+    return Workbench(*made, images, statistics, notes)
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
@@ -247,11 +246,11 @@ def _example(splits: Splits) -> Images:
     return next(iter(splits.calibration.batches(2)))[0]
 
 
-def _first(splits: Splits, count: int) -> Images:
-    """The first ``count`` calibration images, (count, c, h, w)."""
+def first_images(split: Split, count: int) -> Images:
+    """The first ``count`` images of a split, (count, c, h, w)."""
     batches: list[Images] = []
     missing = count
-    for images, _ in splits.calibration.batches(128):
+    for images, _ in split.batches(128):
         batches.append(images[:missing])
         missing -= len(batches[-1])
         if missing <= 0:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from autocomp.budget import Budget
-from autocomp.outcome import Contender, LayerChoice, SearchResult
+from autocomp.outcome import Contender, LayerChoice, SearchResult, Trust
 from autocomp.policy import INT8, Policy
 from autocomp.results import Interval, LatencyEstimate, Score, TrialResult
 
@@ -96,6 +96,7 @@ def make_result(tmp_path: Path) -> Callable[..., SearchResult]:
             LayerChoice("layer1.0.conv1", 16, 8, "int8", 2_359_296, 1_179_648),
             LayerChoice("layer3.2.conv1", 64, 0, "fp32", 2_359_296, 0),
         ),
+        "trust": Trust(0.93, 0.78, 0.99, 12),
     }
     return lambda **changes: SearchResult(**{**fields, **changes})
 

@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from autocomp.outcome import Note, Phase, SearchResult, Stage, TrialDone
+from autocomp.outcome import Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.policy import Policy
 from autocomp.report import LiveScreen, print_estimate, print_result
 from autocomp.results import Interval, LatencyEstimate, Score, TrialResult
@@ -191,3 +191,14 @@ def test_a_measurement_shows_bounds_and_the_ratio_only_when_compared() -> None:
     print_estimate(found, Console(file=file, width=100), predicted=True, compared=False)
     assert file.getvalue().splitlines()[0] == "latency p95 (predicted, an estimate): 1234 (1200 to 1300) ms"
     assert "ratio" not in file.getvalue()
+
+
+def test_steps_that_are_no_trials_are_counted_as_such() -> None:
+    console = Console(file=StringIO(), width=100, highlight=False)
+    with LiveScreen(console) as screen:
+        screen(Phase("sensitivity", 20))
+        for _ in range(20):
+            screen(Step())
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 10 and lines[0].startswith("sensitivity 2/20") and lines[-1] == "sensitivity: 0 s"

@@ -90,6 +90,17 @@ def test_without_layers_the_policy_is_listed(make_result: Make) -> None:
     assert "No channel was removed, and every layer runs in fp32." in text
 
 
+def test_trust_is_told_and_comes_back(make_result: Make) -> None:
+    result = make_result()
+    assert "## Trust\n\nThe search score ranks 12 policies as held-out images do with Spearman 0.93" in render(
+        result, {}
+    )
+    assert SearchResult.from_json(json.loads(json.dumps(result.to_json())), result.front).trust == result.trust
+    assert "Too few policies were scored" in render(make_result(trust=None), {})
+    old = {key: value for key, value in result.to_json().items() if key != "trust"}  # of a run before there was one
+    assert SearchResult.from_json(old, result.front).trust is None
+
+
 def test_trials_are_counted_by_role_and_fate(make_result: Make) -> None:
     result = make_result()
     rows = {row["asked by"]: row for row in tables(render(result, {}))["Trials"]}
