@@ -17,8 +17,10 @@ from autocomp.compress import (
     Statistics,
     Traced,
     branch_costs,
+    calibration_notes,
     collect,
     compress,
+    equalize,
     export_compressed,
     export_onnx,
     logits_of,
@@ -29,7 +31,7 @@ from autocomp.compress import (
 from autocomp.config import SearchConfig
 from autocomp.controllers import CONTROLLERS
 from autocomp.data import DataOptions, Splits, load_data
-from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
+from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend, with_codes
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
@@ -79,11 +81,12 @@ class EditEmitter(_Compressor):
     template: Template
 
     def skeleton(self, policy: Policy) -> bytes:
-        tensors, params = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
-        return emit(self.template, policy, tensors, params, self.numerics)
+        parts = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
+        return emit(self.template, policy, *parts, self.numerics)
 
     def emit(self, compressed: Compressed) -> bytes:
-        return emit(self.template, compressed.policy, compressed.tensors, compressed.params, self.numerics)
+        parts = compressed.tensors, compressed.weights, compressed.params
+        return emit(self.template, compressed.policy, *parts, self.numerics)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class ExportEmitter(_Compressor):
         return self.emit(self.compress(policy))
 
     def emit(self, compressed: Compressed) -> bytes:
-        return export_compressed(compressed)
+        return with_codes(export_compressed(compressed), compressed.weights)
 
 
 @dataclass(frozen=True)
@@ -180,12 +183,13 @@ def prepare(
     observer(Phase("statistics"))
     recipe = recipe or Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
     images = _first(splits, recipe.images)
+    traced = equalize(traced, recipe)
     statistics = collect(traced, to_tensor(images), recipe)
     costs = branch_costs(traced, statistics, to_tensor(images))
     compressor = (traced, statistics, recipe, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
     cheapest = tuple(sorted(costs, key=costs.__getitem__))
-    notes = (*traced.notes, *notes)
+    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, len(images)), *notes)
     return Workbench(config, model, splits, traced, space, spec, backend, emitter, recipe, reference, cheapest, notes)
 
 
