@@ -29,7 +29,7 @@ from autocomp.quantization import (
 __all__ = ["Quantized", "params_of", "quantize"]
 
 # Images behind a mean shift, and those (others, where there are enough) that tell whether correcting it helped.
-CORRECTION_IMAGES, HELD_OUT_IMAGES = 128, 128
+CORRECTION_IMAGES, HELD_OUT_IMAGES = 64, 64
 
 Build = Callable[[Mapping[str, Tensor]], fx.GraphModule]
 
