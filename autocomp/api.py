@@ -165,6 +165,7 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
                 f"(it names model {shipped.model}, data {shipped.data})"
             )
     bench.traced.graph.validate(shipped.policy)
+    bench.backend.capabilities().validate(shipped.policy)
     out.mkdir(parents=True, exist_ok=True)
     written = write_model(bench, bench.emitter.finish(bench.traced.graph.normalise(shipped.policy)), out)
     if shipped.onnx_sha256 not in (None, written.onnx_sha256):

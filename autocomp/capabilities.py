@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from autocomp.policy import FP32, Precision
+from autocomp.errors import InputError
+from autocomp.policy import FP32, Policy, Precision
 
 __all__ = ["Capabilities", "DeviceInfo", "Numerics"]
 
@@ -37,7 +38,7 @@ class Capabilities:
     """What a search may choose for a backend.
 
     Attributes:
-        precisions: that the engine runs natively.
+        precisions: that the engine runs; weights below 8 bits may be stored so and computed with as int8.
         channel_multiple: kept channels are multiples of it (or all of a group's).
         numerics: of int8.
     """
@@ -45,6 +46,13 @@ class Capabilities:
     precisions: tuple[Precision, ...] = (FP32,)
     channel_multiple: int = 1
     numerics: Numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=127)
+
+    def validate(self, policy: Policy) -> None:
+        """Raises: InputError naming the first layer whose precision the engine does not run."""
+        for name, precision in policy.precisions.items():
+            if precision not in self.precisions:
+                known = ", ".join(str(entry) for entry in self.precisions)
+                raise InputError(f"{name} cannot run as {precision} on this engine: it runs {known}")
 
 
 @dataclass(frozen=True, slots=True)

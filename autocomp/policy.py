@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from autocomp.errors import InputError
 
-__all__ = ["FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
+__all__ = ["FEWER_BITS", "FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
 
 FORMAT = 1
 _FLOATS = ("fp32", "fp16", "bf16")
@@ -69,6 +69,8 @@ def _bits(kind: str) -> int:
 
 FP32 = Precision("fp32", "fp32")
 INT8 = Precision("int8", "int8")
+FEWER_BITS = tuple(Precision(f"int{bits}", "int8") for bits in range(7, 1, -1))
+"""Weights stored in fewer bits; engines without such arithmetic compute with them as int8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +167,12 @@ class Recipe:
             on the calibration split.
         ranges: of integer activations: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
         percentile: of the activations kept inside the range, in percent; both tails lose alike.
-        bias_correction: of the mean shift that rounding weights leaves in a layer's output; ``auto`` where it lowers
-            the divergence on the calibration split.
+        bias_correction: of the mean shift that quantization leaves in a layer's output. ``auto`` looks at policies
+            with a weight below 8 bits only, and keeps it where it lowers the divergence on held-out images of the
+            calibration split; with 8 bits there is too little to gain for what it costs a trial.
         equalization: of weight ranges across layers before anything else; ``auto`` in models with depthwise layers.
-        rounding: of weights below 8 bits.
+        rounding: of weights below 8 bits: ``nearest`` in milliseconds, or ``adaround``, which learns it layer by
+            layer on the calibration split in about a second a layer.
         images: calibration images used.
         seed: of every draw made while compressing.
 

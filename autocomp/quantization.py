@@ -7,16 +7,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.capabilities import Numerics
+from autocomp.errors import InputError
 from autocomp.graph import LayerGraph, Node
 from autocomp.policy import Policy
 
 __all__ = [
     "QuantParams",
     "QuantPlan",
+    "QuantWeight",
     "activation_params",
-    "dequantize_weight",
+    "code_max",
     "place",
     "quantize_weight",
+    "quantize_weights",
     "round_biases",
 ]
 
@@ -24,19 +27,8 @@ __all__ = [
 FUSED_ACTIVATIONS = frozenset({"relu", "hardtanh", "relu6", "clamp"})
 # Operators that only move values, or pick some: their output keeps the input's scale.
 PASSING = frozenset(
-    {
-        "slice",
-        "pad",
-        "view",
-        "reshape",
-        "flatten",
-        "permute",
-        "transpose",
-        "max_pool2d",
-        "dropout",
-        "squeeze",
-        "unsqueeze",
-    }
+    {"slice", "pad", "view", "reshape", "flatten", "permute", "transpose"}
+    | {"max_pool2d", "dropout", "squeeze", "unsqueeze"}
 )
 # Scales below are rounded coarsely or to 0, and engines take them for 0.
 _SMALLEST = float(np.finfo(np.float32).tiny)
@@ -53,6 +45,26 @@ class QuantParams:
 
     def to_json(self) -> dict[str, float | int]:
         return {"scale": self.scale, "zero_point": self.zero_point}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class QuantWeight:
+    """Symmetric codes of a layer's weight, one scale per output channel: ``real = scale * code``.
+
+    Attributes:
+        codes: int8, of the weight's shape.
+        scale: float32, (out,).
+        bits: that a code takes when it is stored; engines compute with int8 whatever they are.
+    """
+
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    bits: int = 8
+
+    @property
+    def real(self) -> NDArray[np.float32]:
+        """The weights that the codes stand for."""
+        return (self.codes.astype(np.float32) * _by_channel(self.scale, self.codes.ndim)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,13 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     A layer's input is quantized, and its output behind a fused activation. Every reader of a quantized value reads
     the quantized one. An addition whose inputs are all quantized is computed in int8 as well, so its output is
     quantized too; this is repeated along the graph. The logits stay float behind a linear layer.
+
+    Raises:
+        InputError: a layer's activations would have fewer than 8 bits, which no engine computes with.
     """
+    for name, precision in policy.precisions.items():
+        if precision.is_integer and precision.activation_bits != 8:
+            raise InputError(f"{name} cannot run as {precision}: choose int8, or w2a8 to w7a8 for fewer weight bits")
     removed = graph.removed_layers(policy)
     bypass = {graph.branch_by_name[name].add: graph.branch_by_name[name].stream for name in policy.dropped}
 
@@ -161,34 +179,93 @@ def _float32(scale: float) -> float:
     return float(np.float32(scale)) if np.isfinite(scale) and scale >= _SMALLEST else 1.0
 
 
-def quantize_weight(weight: NDArray[np.float32], numerics: Numerics) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Symmetric codes, one scale per output channel (axis 0).
+def code_max(numerics: Numerics, bits: int) -> int:
+    """Largest weight code of ``bits`` bits. Raises: InputError if the bits are not 2 to 8."""
+    if not 2 <= bits <= 8:
+        raise InputError(f"weights of {bits} bits cannot be stored: choose 2 to 8")
+    return int(min(2 ** (bits - 1) - 1, numerics.weight_max))
+
+
+def quantize_weight(weight: NDArray[np.float32], numerics: Numerics, bits: int = 8) -> QuantWeight:
+    """Symmetric codes by rounding to nearest, one scale per output channel (axis 0).
+
+    With 8 bits a channel's largest weight gets the largest code. With fewer the scale is the one of least squared
+    error (see `_least_error`), which cuts the largest weights off.
 
     The scale of a nearly dead channel is kept within 1/1024 of the largest one: engines store the bias in 32 bits in
     units of it, which overflowed otherwise.
 
-    Returns:
-        codes of the weight's shape, and scales of shape (out,).
+    Args:
+        weight: (out, ...), finite.
+        bits: 2 to 8.
+
+    Raises:
+        InputError: the bits are out of range.
     """
-    flat = np.abs(weight.reshape(weight.shape[0], -1)).max(axis=1)
-    flat = np.maximum(flat, flat.max(initial=0.0) / 1024)
-    scale = np.where(flat >= numerics.weight_max * _SMALLEST, flat / numerics.weight_max, 1.0).astype(np.float32)
-    shaped = scale.reshape(-1, *[1] * (weight.ndim - 1))
-    codes = np.clip(np.rint(weight / shaped), -numerics.weight_max, numerics.weight_max)
-    return codes.astype(np.int8), scale
+    largest = code_max(numerics, bits)
+    flat = weight.reshape(weight.shape[0], -1)
+    bound = np.abs(flat).max(axis=1, initial=0.0)
+    bound = np.maximum(bound, bound.max(initial=0.0) / 1024)
+    scale = np.where(bound >= largest * _SMALLEST, bound / largest, 1.0).astype(np.float32)
+    if bits < 8:
+        scale = _least_error(flat, scale, largest)
+    codes = np.clip(np.rint(weight / _by_channel(scale, weight.ndim)), -largest, largest)
+    return QuantWeight(codes.astype(np.int8), scale, bits)
 
 
-def dequantize_weight(codes: NDArray[np.int8], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The real weights that the codes stand for."""
-    return (codes.astype(np.float32) * scale.reshape(-1, *[1] * (codes.ndim - 1))).astype(np.float32)
+_FRACTIONS = np.arange(39, 7, -1, dtype=np.float32) / 40
+
+
+def _least_error(flat: NDArray[np.float32], scale: NDArray[np.float32], largest: int) -> NDArray[np.float32]:
+    """For each row the scale that leaves the least squared rounding error.
+
+    Fractions of the largest scale are tried, then the winner's codes are fitted once by least squares.
+
+    Args:
+        flat: (out, weights).
+        scale: (out,), with which nothing is cut off.
+        largest: code.
+    """
+
+    def codes_of(tried: NDArray[np.float32]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = np.rint(flat / tried[:, None])
+        return np.clip(found, -largest, largest, out=found)
+
+    def error_of(tried: NDArray[np.float32]) -> NDArray[np.float32]:
+        left = codes_of(tried) * tried[:, None] - flat
+        error: NDArray[np.float32] = np.einsum("ij,ij->i", left, left)
+        return error
+
+    best, least = scale, error_of(scale)
+
+    def take(tried: NDArray[np.float32]) -> None:
+        nonlocal best, least
+        error = error_of(tried)
+        best, least = np.where(error < least, tried, best), np.minimum(error, least)
+
+    for fraction in _FRACTIONS:
+        take(scale * fraction)
+    codes = codes_of(best)
+    size = np.einsum("ij,ij->i", codes, codes)
+    fitted = np.einsum("ij,ij->i", codes, flat) / np.maximum(size, 1.0)
+    take(np.where((size > 0) & (fitted > scale / 64), fitted, best).astype(np.float32))
+    return best
+
+
+def quantize_weights(
+    graph: LayerGraph, policy: Policy, tensors: Mapping[str, NDArray[np.float32]], numerics: Numerics
+) -> dict[str, QuantWeight]:
+    """Parameter name -> codes by rounding to nearest, for every integer layer of the policy that is left."""
+    names = {graph.layer_by_name[name].weight: policy.precision(name) for name in place(graph, policy).layers}
+    return {name: quantize_weight(tensors[name], numerics, kind.weight_bits) for name, kind in names.items()}
 
 
 def round_biases(
     graph: LayerGraph,
     policy: Policy,
     tensors: Mapping[str, NDArray[np.float32]],
+    weights: Mapping[str, QuantWeight],
     params: Mapping[str, QuantParams],
-    numerics: Numerics,
 ) -> dict[str, NDArray[np.float32]]:
     """Biases of the policy's int8 layers, on the grid on which engines add them.
 
@@ -197,7 +274,8 @@ def round_biases(
     those errors add up over the layers. The rounded bias is still a float tensor.
 
     Args:
-        tensors: float32 weights before rounding, and biases, by parameter name.
+        tensors: float32 biases by parameter name.
+        weights: codes of every integer layer, by parameter name.
         params: for each value of ``place(graph, policy)``.
 
     Returns:
@@ -212,7 +290,11 @@ def round_biases(
         read = graph.node_by_name[layer.node].inputs[0]
         while read in bypass:
             read = bypass[read]
-        _, scale = quantize_weight(tensors[layer.weight], numerics)
-        step = np.float32(params[read].scale) * scale
+        step = np.float32(params[read].scale) * weights[layer.weight].scale
         rounded[layer.bias] = (np.rint(tensors[layer.bias] / step) * step).astype(np.float32)
     return rounded
+
+
+def _by_channel(scale: NDArray[np.float32], axes: int) -> NDArray[np.float32]:
+    """Scales (out,) in a shape that broadcasts along a weight's first axis."""
+    return scale.reshape(-1, *[1] * (axes - 1))

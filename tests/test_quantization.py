@@ -8,9 +8,18 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from autocomp.capabilities import Numerics
+from autocomp.errors import InputError
 from autocomp.graph import Branch, Layer, LayerGraph, Node
-from autocomp.policy import FP32, INT8, Policy
-from autocomp.quantization import QuantParams, activation_params, dequantize_weight, place, quantize_weight
+from autocomp.policy import FP32, INT8, Policy, Precision
+from autocomp.quantization import (
+    QuantParams,
+    QuantWeight,
+    activation_params,
+    code_max,
+    place,
+    quantize_weight,
+    quantize_weights,
+)
 from tests.graphs import concat_net, parameters_of, residual_net
 
 SCHEMES = [
@@ -70,29 +79,75 @@ class TestActivations:
 class TestWeights:
     @given(weights, st.sampled_from(SCHEMES))
     def test_codes_are_bounded_and_near(self, weight: NDArray[np.float32], numerics: Numerics) -> None:
-        codes, scale = quantize_weight(weight, numerics)
+        found = quantize_weight(weight, numerics)
+        codes, scale = found.codes, found.scale
         assert codes.dtype == np.int8 and codes.shape == weight.shape
         assert scale.dtype == np.float32 and scale.shape == weight.shape[:1]
         assert np.abs(codes.astype(int)).max() <= numerics.weight_max
-        error = np.abs(weight - dequantize_weight(codes, scale)).reshape(len(weight), -1).max(axis=1)
+        error = np.abs(weight - found.real).reshape(len(weight), -1).max(axis=1)
         assert (error <= scale * (0.5 + 127 * 2**-22)).all()
         assert (codes[weight == 0] == 0).all()
 
     @given(weights, st.sampled_from(SCHEMES))
     def test_rounding_again_changes_nothing(self, weight: NDArray[np.float32], numerics: Numerics) -> None:
-        once = dequantize_weight(*quantize_weight(weight, numerics))
-        np.testing.assert_allclose(dequantize_weight(*quantize_weight(once, numerics)), once, rtol=1e-5, atol=0)
+        once = quantize_weight(weight, numerics).real
+        np.testing.assert_allclose(quantize_weight(once, numerics).real, once, rtol=1e-5, atol=0)
 
     def test_the_largest_weight_of_each_channel_has_the_largest_code(self) -> None:
         weight = np.array([[0.6, -1.0], [2.0, 0.02], [0.0, 0.0]], np.float32)
-        codes, scale = quantize_weight(weight, Numerics(False, False, 63))
-        assert codes.tolist() == [[38, -63], [63, 1], [0, 0]]
-        np.testing.assert_allclose(scale[:2], [1 / 63, 2 / 63], rtol=1e-6)
+        found = quantize_weight(weight, Numerics(False, False, 63))
+        assert found.codes.tolist() == [[38, -63], [63, 1], [0, 0]]
+        np.testing.assert_allclose(found.scale[:2], [1 / 63, 2 / 63], rtol=1e-6)
 
     def test_subnormal_weights_become_zero(self) -> None:
         weight = np.full((2, 3), 1e-44, np.float32)
-        codes, scale = quantize_weight(weight, SCHEMES[0])
-        assert not codes.any() and (scale == 1).all()
+        found = quantize_weight(weight, SCHEMES[0])
+        assert not found.codes.any() and (found.scale == 1).all()
+
+    @given(weights, st.sampled_from(SCHEMES), st.integers(2, 7))
+    def test_fewer_bits_stay_in_their_codes(self, weight: NDArray[np.float32], numerics: Numerics, bits: int) -> None:
+        found = quantize_weight(weight, numerics, bits)
+        limit = code_max(numerics, bits)
+        assert limit == min(2 ** (bits - 1) - 1, numerics.weight_max) and found.bits == bits
+        assert np.abs(found.codes.astype(int)).max() <= limit
+        assert (found.scale > 0).all() and np.isfinite(found.real).all()
+        nearest = np.clip(np.rint(weight / scale_of(found, weight)), -limit, limit)
+        assert (found.codes == nearest).all()
+
+    @pytest.mark.parametrize("bits", [2, 3, 4, 6])
+    def test_scales_of_fewer_bits_are_those_of_least_error(self, bits: int) -> None:
+        """Against brute force over a grid ten times as fine, with no least squares behind it."""
+        rng = np.random.default_rng(bits)
+        weight = rng.standard_t(4, (6, 48)).astype(np.float32)
+        limit = 2 ** (bits - 1) - 1
+        found = quantize_weight(weight, SCHEMES[1], bits)
+        for row, real in zip(weight, found.real, strict=True):
+            scales = np.abs(row).max() / limit * np.linspace(0.1, 1.0, 320)[:, None]
+            errors = ((np.clip(np.rint(row / scales), -limit, limit) * scales - row) ** 2).sum(1)
+            assert ((real - row) ** 2).sum() <= 1.02 * errors.min()
+            assert ((real - row) ** 2).sum() <= errors[-1] * (0.9 if bits < 4 else 1)  # the last cuts nothing off
+
+    def test_a_layer_of_zeros(self) -> None:
+        for bits in (2, 4, 8):
+            found = quantize_weight(np.zeros((3, 2, 3, 3), np.float32), SCHEMES[0], bits)
+            assert not found.codes.any() and (found.scale == 1).all()
+
+    @pytest.mark.parametrize("bits", [0, 1, 9, 16])
+    def test_bits_that_cannot_be_stored(self, bits: int) -> None:
+        with pytest.raises(InputError, match=f"{bits} bits"):
+            quantize_weight(np.ones((1, 1), np.float32), SCHEMES[0], bits)
+
+    def test_every_integer_layer_gets_its_bits(self) -> None:
+        graph = residual_net(1)
+        rng = np.random.default_rng(0)
+        tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in graph.parameters.items()}
+        policy = Policy(precisions={"stem": INT8, "blocks.0.a": Precision.parse("w3a8")})
+        found = quantize_weights(graph, policy, tensors, SCHEMES[1])
+        assert {name: weight.bits for name, weight in found.items()} == {"stem.weight": 8, "blocks.0.a.weight": 3}
+
+
+def scale_of(found: QuantWeight, weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    return found.scale.reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def every(graph: LayerGraph) -> dict[str, object]:
@@ -117,6 +172,10 @@ class TestPlace:
         assert dict(plan.values) == {value: value for value in expected}
         assert plan.observed == tuple(expected)
         assert plan.layers == tuple(layer.name for layer in graph.layers)
+
+    def test_activations_of_fewer_bits_are_refused(self) -> None:
+        with pytest.raises(InputError, match="stem cannot run as int4"):
+            place(residual_net(1), Policy(precisions={"stem": Precision("int4", "int4")}))
 
     def test_one_layer_alone(self) -> None:
         graph = residual_net(2)

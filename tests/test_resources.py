@@ -27,7 +27,7 @@ def put(path: Path) -> Path:
 
 
 def test_the_packages_own_are_always_there(places: dict[str, Path]) -> None:
-    assert {"default", "int8", "prune"} <= set(available("search_spaces"))
+    assert {"bits", "default", "int8", "prune"} <= set(available("search_spaces"))
     assert find("search_spaces", "default").read_text() == (REPOSITORY / "search_spaces/default.toml").read_text()
     assert find("hardware_profiles", "simulated").is_dir()
     assert list(available("search_spaces")) == sorted(available("search_spaces"))

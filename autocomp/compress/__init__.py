@@ -2,9 +2,11 @@
 
 from autocomp.compress.apply import Compressed, compress, structure
 from autocomp.compress.arrays import logits_of, to_tensor
+from autocomp.compress.equalize import equalize
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
+from autocomp.compress.ranges import calibration_notes
 from autocomp.compress.sensitivity import divergences
 from autocomp.compress.statistics import Statistics, collect
 from autocomp.compress.surgery import run
@@ -17,9 +19,11 @@ __all__ = [
     "Norm",
     "Statistics",
     "Traced",
+    "calibration_notes",
     "collect",
     "compress",
     "divergences",
+    "equalize",
     "export_compressed",
     "export_onnx",
     "logits_of",

@@ -1,5 +1,7 @@
 """numpy in, numpy out: what rooms without torch use."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from autocomp.compress.surgery import run
 
-__all__ = ["logits_of", "to_tensor"]
+__all__ = ["arrays_of", "logits_of", "to_tensor"]
 
 
 def to_tensor(images: NDArray[np.float32]) -> Tensor:
@@ -18,3 +20,8 @@ def to_tensor(images: NDArray[np.float32]) -> Tensor:
 def logits_of(module: nn.Module, images: NDArray[np.float32]) -> NDArray[np.float32]:
     """Logits (n, classes) that torch computes for images (n, c, h, w)."""
     return np.asarray(run(module, to_tensor(images)).numpy(), dtype=np.float32)
+
+
+def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
+    """The floating-point ones among named tensors, sharing their memory."""
+    return {name: tensor.numpy() for name, tensor in tensors.items() if tensor.is_floating_point()}

@@ -16,7 +16,6 @@ from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
 from autocomp.graph import LayerGraph
-from autocomp.quantization import quantize_weight
 
 __all__ = ["export_compressed", "export_onnx"]
 
@@ -45,6 +44,7 @@ def export_compressed(compressed: Compressed) -> bytes:
     tensors = tensors_of(compressed.module) | {
         name: torch.from_numpy(array) for name, array in compressed.tensors.items()
     }
+    tensors |= {name: torch.from_numpy(weight.real) for name, weight in compressed.weights.items()}
     placeholders = _distinct_biases(tensors, graph)
     module = rebuild(compressed.module, graph, {**tensors, **placeholders})
     _write_pairs(module, compressed)
@@ -73,7 +73,7 @@ def _write_pairs(module: fx.GraphModule, compressed: Compressed) -> None:
             scale, zero_point = torch.tensor(node.args[1]), torch.tensor(node.args[2], dtype=kind)
             pairs.append((node.args[0], node, scale, zero_point))
         elif node.op == "get_attr" and node.target in weights:
-            _, scales = quantize_weight(compressed.tensors[node.target], compressed.numerics)
+            scales = compressed.weights[node.target].scale
             pairs.append((node, None, torch.from_numpy(scales), torch.zeros(len(scales), dtype=torch.int8)))
     for index, (value, replaced, scale, zero_point) in enumerate(pairs):
         module.register_buffer(f"scale_{index}", scale)

@@ -15,10 +15,11 @@ from autocomp.compress.lowering import Norm
 from autocomp.compress.means import FoldedMeans, fold_means
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import select
+from autocomp.compress.ranges import Ranges
 from autocomp.compress.recalibrate import divergence, recalibrated
 from autocomp.compress.reconstruct import reconstruct
 from autocomp.compress.sequential import solve_in_sequence
-from autocomp.compress.statistics import Ranges, Statistics, Watcher
+from autocomp.compress.statistics import Statistics, Watcher
 from autocomp.compress.surgery import batches, kept_positions, rebuild, slice_tensors, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.graph import Branch, LayerGraph

@@ -1,16 +1,56 @@
-"""Fake quantization of a module at the places and with the parameters that an engine will use."""
+"""A float model made the one that an engine will compute: codes, scales, and fake quantization in their places."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.capabilities import Numerics
+from autocomp.compress.arrays import arrays_of
 from autocomp.compress.naming import value_of
+from autocomp.compress.recalibrate import divergence
+from autocomp.compress.rounding import adaround, corrected_biases
+from autocomp.compress.surgery import run, tensors_of
 from autocomp.graph import LayerGraph
-from autocomp.quantization import QuantParams, QuantPlan, activation_params, dequantize_weight, quantize_weight
+from autocomp.policy import Policy, Recipe
+from autocomp.quantization import (
+    QuantParams,
+    QuantPlan,
+    QuantWeight,
+    activation_params,
+    place,
+    quantize_weights,
+    round_biases,
+)
 
-__all__ = ["fake_quantize_activations", "params_of", "round_weights"]
+__all__ = ["Quantized", "params_of", "quantize"]
+
+# Images behind a mean shift, and those (others, where there are enough) that tell whether correcting it helped.
+CORRECTION_IMAGES, HELD_OUT_IMAGES = 64, 64
+
+Build = Callable[[Mapping[str, Tensor]], fx.GraphModule]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model.
+
+    Attributes:
+        module: weights, biases and activations are what the engine's codes stand for.
+        weights: parameter -> codes of every integer layer.
+        biases: parameter -> those of the integer layers, on the engine's grid.
+        params: quantized value -> its parameters.
+        bias_corrected: whether mean shifts were taken back.
+    """
+
+    module: fx.GraphModule
+    weights: Mapping[str, QuantWeight]
+    biases: Mapping[str, NDArray[np.float32]]
+    params: Mapping[str, QuantParams]
+    bias_corrected: bool
 
 
 def params_of(plan: QuantPlan, ranges: Mapping[str, tuple[float, float]], numerics: Numerics) -> dict[str, QuantParams]:
@@ -19,19 +59,59 @@ def params_of(plan: QuantPlan, ranges: Mapping[str, tuple[float, float]], numeri
     return {value: sources[source] for value, source in plan.values.items()}
 
 
-def round_weights(
-    tensors: Mapping[str, Tensor], graph: LayerGraph, layers: Iterable[str], numerics: Numerics
-) -> dict[str, Tensor]:
-    """The tensors, with the weights of int8 layers replaced by what their codes stand for."""
-    result = dict(tensors)
-    for name in layers:
-        parameter = graph.layer_by_name[name].weight
-        codes = quantize_weight(result[parameter].detach().numpy(), numerics)
-        result[parameter] = torch.from_numpy(dequantize_weight(*codes))
-    return result
+def quantize(
+    module: fx.GraphModule,
+    build: Build,
+    graph: LayerGraph,
+    policy: Policy,
+    ranges: Mapping[str, tuple[float, float]],
+    recipe: Recipe,
+    numerics: Numerics,
+    images: Tensor,
+    reference: Tensor,
+) -> Quantized:
+    """Quantize a pruned model under a policy.
+
+    Args:
+        module: float.
+        build: makes a module like it around other tensors.
+        policy: normalised.
+        ranges: of every value that `place` observes.
+        images: of calibration.
+        reference: logits of the uncompressed model on them.
+    """
+    tensors = tensors_of(module)
+    params = params_of(place(graph, policy), ranges, numerics)
+
+    def built(weights: Mapping[str, QuantWeight], biases: Mapping[str, Tensor]) -> fx.GraphModule:
+        real = {name: torch.from_numpy(weight.real) for name, weight in weights.items()}
+        made = build({**tensors, **biases, **real})
+        _fake_quantize_activations(made, params, numerics)
+        return made
+
+    def finished(weights: Mapping[str, QuantWeight], biases: Mapping[str, Tensor], corrected: bool) -> Quantized:
+        on_grid = round_biases(graph, policy, arrays_of({**tensors, **biases}), weights, params)
+        final = built(weights, {name: torch.from_numpy(bias) for name, bias in on_grid.items()})
+        return Quantized(final, weights, on_grid, params, corrected)
+
+    weights = quantize_weights(graph, policy, arrays_of(tensors), numerics)
+    few_bits = any(weight.bits < 8 for weight in weights.values())
+    if few_bits and recipe.rounding == "adaround":
+        weights = adaround(module, built(weights, {}), graph, weights, numerics, recipe, images)
+    if recipe.bias_correction == "never" or not weights or (recipe.bias_correction == "auto" and not few_bits):
+        return finished(weights, {}, corrected=False)
+    layers = place(graph, policy).layers
+    biases = corrected_biases(module, built(weights, {}), graph, layers, images[:CORRECTION_IMAGES])
+    corrected = finished(weights, biases, corrected=True)
+    if recipe.bias_correction == "always":
+        return corrected
+    plain = finished(weights, {}, corrected=False)
+    held_out, logits = images[-HELD_OUT_IMAGES:], reference[-HELD_OUT_IMAGES:]
+    gained = divergence(logits, run(corrected.module, held_out)) < divergence(logits, run(plain.module, held_out))
+    return corrected if gained else plain
 
 
-def fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, QuantParams], numerics: Numerics) -> None:
+def _fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, QuantParams], numerics: Numerics) -> None:
     """Put a fake-quantize node behind each quantized value; all its readers read the quantized one. In place."""
     smallest, largest = numerics.activation_range
     for node in list(module.graph.nodes):

@@ -1,12 +1,10 @@
 """What one pass of the unpruned model over calibration images tells every later policy."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocomp.compress.importance import Evidence
@@ -14,16 +12,16 @@ from autocomp.compress.means import channel_means
 from autocomp.compress.moments import Moments, Sums, reading_layers
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import order_channels
+from autocomp.compress.ranges import Ranges
 from autocomp.compress.surgery import batches, tensors_of
 from autocomp.compress.tracing import Traced
-from autocomp.errors import CompressError, DataError
+from autocomp.errors import DataError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Recipe
 
-__all__ = ["Ranges", "Statistics", "Watcher", "check_images", "collect"]
+__all__ = ["Statistics", "Watcher", "check_images", "collect"]
 
 BATCH = 64
-SAMPLES = 2**18  # of one value behind its percentiles
 
 
 @dataclass(frozen=True)
@@ -105,48 +103,3 @@ class Watcher(fx.Interpreter):
         if n.op in ("placeholder", "call_function"):
             self._watch(n, value, self.env.__getitem__)
         return value
-
-
-class Ranges:
-    """Bounds of values seen in one pass: smallest and largest, or the percentiles that keep a recipe's share."""
-
-    def __init__(self, recipe: Recipe, values: Iterable[str], images: int) -> None:
-        self._recipe = recipe
-        self._bounds: dict[str, tuple[float, float]] = {}
-        self._samples: dict[str, list[NDArray[np.float32]]] = {}
-        self._wanted = frozenset(values)
-        self._per_image = -(-SAMPLES // images)
-
-    def watch(self, name: str, value: Any) -> None:
-        """Take in one batch of a value, (n, ...)."""
-        if name not in self._wanted or not isinstance(value, Tensor) or not value.is_floating_point():
-            return
-        low, high = (float(bound) for bound in torch.aminmax(value))
-        before = self._bounds.get(name, (low, high))
-        # written so that a NaN stays
-        self._bounds[name] = (low if not low >= before[0] else before[0], high if not high <= before[1] else before[1])
-        if self._recipe.ranges == "percentile":
-            flat = value.reshape(-1)
-            step = max(1, flat.numel() // (self._per_image * len(value)))
-            step += step % 2 == 0 and step > 1  # an odd stride does not stay in the even columns of a map
-            self._samples.setdefault(name, []).append(flat[::step].numpy().copy())
-
-    def bounds(self, graph: LayerGraph) -> dict[str, tuple[float, float]]:
-        """Value -> (low, high), in the graph's order. Raises: CompressError if a value is not finite."""
-        for node in graph.nodes:
-            if node.name in self._bounds and not np.isfinite(self._bounds[node.name]).all():
-                layer = graph.layer_by_node.get(node.name)
-                name = layer.name if layer else node.name
-                raise CompressError(
-                    f"the output of {name} is NaN or infinite on the calibration images: check the model's weights "
-                    "and that the images are normalised as in its training"
-                )
-        if self._recipe.ranges == "minmax":
-            return dict(self._bounds)
-        tail = (100.0 - self._recipe.percentile) / 2
-        return {name: _percentiles(parts, tail) for name, parts in self._samples.items()}
-
-
-def _percentiles(parts: Sequence[NDArray[np.float32]], tail: float) -> tuple[float, float]:
-    low, high = np.percentile(np.concatenate(parts), (tail, 100.0 - tail))
-    return float(low), float(high)

@@ -4,6 +4,7 @@ from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend
 from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
 from autocomp.engines.onnx_graph import Template, emit, load_template
+from autocomp.engines.packing import with_codes
 from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest
 from autocomp.engines.timing import compare, estimate, merge
 
@@ -22,4 +23,5 @@ __all__ = [
     "measure_fresh",
     "merge",
     "structure_digest",
+    "with_codes",
 ]

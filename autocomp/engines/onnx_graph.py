@@ -11,10 +11,11 @@ from onnx import helper, numpy_helper
 
 from autocomp.capabilities import Numerics
 from autocomp.engines.matching import match_values, simplified
+from autocomp.engines.packing import stored
 from autocomp.errors import EngineError
 from autocomp.graph import Layer, LayerGraph
 from autocomp.policy import Policy
-from autocomp.quantization import QuantParams, place, quantize_weight
+from autocomp.quantization import QuantParams, QuantWeight, place
 
 __all__ = ["Template", "emit", "load_template", "parse"]
 
@@ -89,22 +90,24 @@ def emit(
     template: Template,
     policy: Policy,
     tensors: Mapping[str, NDArray[np.float32]],
+    weights: Mapping[str, QuantWeight],
     params: Mapping[str, QuantParams],
     numerics: Numerics,
 ) -> bytes:
-    """The model under a policy, int8 written as typed Q/DQ pairs (ONNX operator set, QuantizeLinear).
+    """The model under a policy, int8 written as typed Q/DQ pairs, weights of fewer than 8 bits packed (`packing`).
 
     Args:
         template: of the uncompressed model.
         policy: decides branches and precisions; the channels are those of ``tensors``.
-        tensors: parameter name -> float32 value before any rounding; those not given keep the template's value.
+        tensors: parameter name -> float32 value; those not given keep the template's value.
+        weights: parameter name -> codes, of every integer layer that is left.
         params: for each value of ``quantization.place(graph, policy)``.
-        numerics: of the engine: types of the codes and range of the weights. The bias stays float.
+        numerics: of the engine: types of the activations' codes. The bias stays float.
 
     Raises:
-        EngineError: a tensor or value is unknown to the template, or a quantized value has no parameters.
+        EngineError: something is unknown to the template, or a quantized value or weight has no parameters.
     """
-    writer = _Writer(template, policy, tensors, params, numerics)
+    writer = _Writer(template, policy, tensors, weights, params, numerics)
     model = onnx.ModelProto()
     model.CopyFrom(template.model)
     model.graph.node.extend(writer.nodes())
@@ -120,16 +123,20 @@ class _Writer:
         template: Template,
         policy: Policy,
         tensors: Mapping[str, NDArray[np.float32]],
+        weights: Mapping[str, QuantWeight],
         params: Mapping[str, QuantParams],
         numerics: Numerics,
     ) -> None:
         graph = template.graph
         self._template = template
         self._tensors = tensors
-        self._numerics = numerics
+        self._weights = weights
         self._codes_type = np.int8 if numerics.signed_activations else np.uint8
         plan = place(graph, policy)
         self._int8 = frozenset(plan.layers)
+        missing = [name for name in plan.layers if graph.layer_by_name[name].weight not in weights]
+        if missing:
+            raise EngineError(f"no weight codes for {missing[0]}: compress this policy again")
         self._quantized: dict[str, QuantParams] = {}
         for value in plan.values:
             if value not in params:
@@ -216,13 +223,15 @@ class _Writer:
             yield from self._float_input(node, layer, weight.shape[1] * group)
             yield node
             return
-        codes, scale = quantize_weight(weight, self._numerics)
+        found = self._weights[layer.weight]
         product = layer.op == "linear" and not self._writes_codes(layer)
         names = [f"{layer.weight}_{part}" for part in ("codes", "scale", "zero_point")]
-        stored = np.ascontiguousarray(codes.T) if product else codes
-        arrays: tuple[NDArray[Any], ...] = (stored, scale, np.zeros(len(scale), np.int8))
-        for name, array in zip(names, arrays, strict=True):
-            self.initializers[name] = numpy_helper.from_array(array, name)
+        codes = np.ascontiguousarray(found.codes.T) if product else found.codes
+        tensors, unpacking = stored(names[0], codes, found.bits)
+        self.initializers.update((tensor.name, tensor) for tensor in tensors)
+        yield from unpacking
+        self._store(names[1], found.scale)
+        self._store(names[2], np.zeros(len(found.scale), np.int8))
         node.input[1] = f"{layer.weight}_dq"
         axis = 1 if product else 0
         yield helper.make_node("DequantizeLinear", names, [node.input[1]], name=node.input[1], axis=axis)
@@ -247,12 +256,8 @@ class _Writer:
             return
         params = self._quantized[value]
         names = [f"{layer.weight}_input_{part}" for part in ("scale", "zero_point")]
-        arrays: tuple[NDArray[Any], ...] = (
-            np.full(channels, params.scale, np.float32),
-            np.full(channels, params.zero_point, self._codes_type),
-        )
-        for name, array in zip(names, arrays, strict=True):
-            self.initializers[name] = numpy_helper.from_array(array, name)
+        self._store(names[0], np.full(channels, params.scale, np.float32))
+        self._store(names[1], np.full(channels, params.zero_point, self._codes_type))
         node.input[0] = f"{layer.weight}_input_dq"
         inputs = [f"{value}_q", *names]
         yield helper.make_node("DequantizeLinear", inputs, [node.input[0]], name=node.input[0], axis=1)
@@ -268,10 +273,12 @@ class _Writer:
         if value in self.initializers:
             return
         if value in self._tensors:
-            array = np.ascontiguousarray(self._tensors[value], dtype=np.float32)
-            self.initializers[value] = numpy_helper.from_array(array, value)
+            self._store(value, np.ascontiguousarray(self._tensors[value], dtype=np.float32))
         elif value in self._template.initializers:
             self.initializers[value] = self._template.initializers[value]
+
+    def _store(self, name: str, array: NDArray[Any]) -> None:
+        self.initializers[name] = numpy_helper.from_array(array, name)
 
     def _pair(self, value: str) -> Iterator[onnx.NodeProto]:
         """QuantizeLinear and DequantizeLinear behind a quantized value."""
@@ -281,10 +288,8 @@ class _Writer:
         # Equal parameters share their tensors: engines see by that which operators may pass codes on unchanged.
         suffix = f"{params.scale!r}_{params.zero_point}"
         scale, zero_point = f"scale_{suffix}", f"zero_point_{suffix}"
-        self.initializers[scale] = numpy_helper.from_array(np.array(params.scale, np.float32), scale)
-        self.initializers[zero_point] = numpy_helper.from_array(
-            np.array(params.zero_point, self._codes_type), zero_point
-        )
+        self._store(scale, np.array(params.scale, np.float32))
+        self._store(zero_point, np.array(params.zero_point, self._codes_type))
         is_output = value == self._template.output
         source, result = (f"{value}_float", value) if is_output else (value, f"{value}_dq")
         yield helper.make_node("QuantizeLinear", [source, scale, zero_point], [f"{value}_q"], name=f"{value}_q")

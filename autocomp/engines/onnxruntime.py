@@ -18,7 +18,7 @@ from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.onnx_graph import parse
 from autocomp.errors import ConfigError, EngineError
-from autocomp.policy import FP32, INT8
+from autocomp.policy import FEWER_BITS, FP32, INT8
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
 
@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
         # Without 8-bit dot products x86 adds pairs of products in 16 bits: larger weight codes would saturate.
         weight_max = 127 if _EXACT.intersection(_processor()[1]) else 63
         numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max)
-        return Capabilities(precisions=(FP32, INT8), channel_multiple=8, numerics=numerics)
+        return Capabilities(precisions=(FP32, INT8, *FEWER_BITS), channel_multiple=8, numerics=numerics)
 
     def build(self, onnx: bytes) -> "OnnxRuntimeEngine":
         return OnnxRuntimeEngine(onnx, self.batch, self._threads)

@@ -14,8 +14,9 @@ from onnx import shape_inference
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.onnx_graph import parse
+from autocomp.engines.packing import unpacked
 from autocomp.errors import ConfigError, EngineError
-from autocomp.policy import FP32, INT8
+from autocomp.policy import FEWER_BITS, FP32, INT8
 
 if TYPE_CHECKING:
     from autocomp.engines.onnxruntime import OnnxRuntimeEngine
@@ -76,7 +77,7 @@ class SimulatedBackend:
 
     def capabilities(self) -> Capabilities:
         numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=127)
-        return Capabilities(precisions=(FP32, INT8), channel_multiple=8, numerics=numerics)
+        return Capabilities(precisions=(FP32, INT8, *FEWER_BITS), channel_multiple=8, numerics=numerics)
 
     def build(self, onnx: bytes) -> "SimulatedEngine":
         return SimulatedEngine(onnx, self.batch, roofline_ms(onnx, self._description, self.batch, self._threads))
@@ -136,7 +137,7 @@ def roofline_ms(onnx: bytes, device: Description, batch: int, threads: int) -> f
     Raises:
         EngineError: no ONNX model, or its shapes cannot be inferred.
     """
-    model = parse(onnx)
+    model = unpacked(parse(onnx))
     for value in (*model.graph.input, *model.graph.output):
         axes = value.type.tensor_type.shape.dim
         if len(axes) == 0:

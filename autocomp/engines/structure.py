@@ -8,6 +8,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from autocomp.engines.onnx_graph import parse
+from autocomp.engines.packing import unpacked
 from autocomp.graph import LayerGraph
 
 __all__ = ["initializer_bytes", "int8_layers", "structure_digest"]
@@ -32,13 +33,14 @@ def structure_digest(onnx: bytes) -> str:
 
     Operators and their order, wiring, attributes, shapes, types, integer constants (axes, pads, targets of a
     reshape), the placement of Q/DQ pairs, the kind of each zero point (at the edge of the range, where engines fold
-    a ReLU; zero; or other), and which pairs share scale and zero point. Not names, not the values of weights.
+    a ReLU; zero; or other), and which pairs share scale and zero point. Not names, not the values of weights, and
+    not how few bits a weight is stored in: an engine unpacks it before it runs.
 
     Raises:
         EngineError: no ONNX model.
     """
     digest = hashlib.sha256()
-    for line in _describe(parse(onnx)):
+    for line in _describe(unpacked(parse(onnx))):
         digest.update(repr(line).encode())
     return digest.hexdigest()
 

@@ -16,8 +16,10 @@ from autocomp.compress import (
     Compressed,
     Statistics,
     Traced,
+    calibration_notes,
     collect,
     compress,
+    equalize,
     export_compressed,
     export_onnx,
     logits_of,
@@ -28,7 +30,7 @@ from autocomp.compress import (
 from autocomp.config import SearchConfig
 from autocomp.controllers import CONTROLLERS
 from autocomp.data import DataOptions, Split, Splits, load_data
-from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend
+from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend, with_codes
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
@@ -89,11 +91,12 @@ class EditEmitter(_Compressor):
     template: Template
 
     def skeleton(self, policy: Policy) -> bytes:
-        tensors, params = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
-        return emit(self.template, policy, tensors, params, self.numerics)
+        parts = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
+        return emit(self.template, policy, *parts, self.numerics)
 
     def emit(self, compressed: Compressed) -> bytes:
-        return emit(self.template, compressed.policy, compressed.tensors, compressed.params, self.numerics)
+        parts = compressed.tensors, compressed.weights, compressed.params
+        return emit(self.template, compressed.policy, *parts, self.numerics)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class ExportEmitter(_Compressor):
         return self.emit(self.compress(policy))
 
     def emit(self, compressed: Compressed) -> bytes:
-        return export_compressed(compressed)
+        return with_codes(export_compressed(compressed), compressed.weights)
 
 
 @dataclass(frozen=True)
@@ -195,18 +198,20 @@ def prepare(
     observer(Phase("statistics"))
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
     images = first_images(splits.calibration, recipe.images)
+    traced = equalize(traced, recipe)
     statistics = collect(traced, to_tensor(images), recipe)
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
-    notes = (*traced.notes, *notes)
+    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, len(images)), *notes)
     made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
     return Workbench(*made, images, statistics, notes)
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
-    """For trials, in milliseconds a policy, and for finalists."""
-    trials = Recipe(seed=config.seed, images=min(config.calibration_images, len(splits.calibration)))
-    return trials, replace(trials, reconstruction="sequential")
+    """For trials, in milliseconds a policy, and for finalists, in seconds."""
+    images = min(config.calibration_images, len(splits.calibration))
+    finishing = Recipe(seed=config.seed, images=images, reconstruction="sequential")
+    return replace(finishing, reconstruction="closed_form", rounding="nearest"), finishing
 
 
 def backend_spec(config: SearchConfig) -> BackendSpec:

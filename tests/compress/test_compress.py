@@ -44,7 +44,7 @@ def test_shapes_are_those_the_graph_foretells(mixed: Case) -> None:
     compressed = applied(mixed, policy)
     shapes = {name: array.shape for name, array in compressed.tensors.items()}
     assert shapes == graph.parameter_shapes(policy)
-    tensors, _ = structure(mixed.traced, policy, mixed.statistics, UNSIGNED, Recipe())
+    tensors, _, _ = structure(mixed.traced, policy, mixed.statistics, UNSIGNED, Recipe())
     assert {name: array.shape for name, array in tensors.items()} == {
         name: shape for name, shape in shapes.items() if not name.startswith("plain.")
     }
@@ -54,10 +54,12 @@ def test_shapes_are_those_the_graph_foretells(mixed: Case) -> None:
 
 def test_structure_names_what_compress_will_make(mixed: Case) -> None:
     policy = everywhere(mixed, stem=4, last=4)
-    tensors, params = structure(mixed.traced, policy, mixed.statistics, UNSIGNED, Recipe())
+    tensors, weights, params = structure(mixed.traced, policy, mixed.statistics, UNSIGNED, Recipe())
     compressed = applied(mixed, policy)
     assert params.keys() == compressed.params.keys() == place(mixed.traced.graph, policy).values.keys()
     assert {n: a.shape for n, a in tensors.items()} == {n: a.shape for n, a in compressed.tensors.items()}
+    kinds = [{n: (w.codes.shape, w.bits) for n, w in found.items()} for found in (weights, compressed.weights)]
+    assert kinds[0] == kinds[1] and len(kinds[0]) == len(policy.precisions)
 
 
 def test_choices_inside_a_dropped_branch_do_not_count(mixed: Case) -> None:

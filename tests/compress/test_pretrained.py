@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autocomp.compress import Traced, collect, compress, run, trace
 from autocomp.models.zoo import CifarResNet
-from autocomp.policy import INT8, Policy, Recipe
+from autocomp.policy import INT8, Policy, Precision, Recipe
 from tests.compress.conftest import UNSIGNED
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -63,3 +63,12 @@ def test_int8_costs_almost_nothing(trained: Trained) -> None:
     policy = Policy(precisions={layer.name: INT8 for layer in trained.traced.graph.layers})
     assert whole > 90
     assert abs(trained.accuracy(policy, Recipe(images=512)) - whole) <= 1.0
+
+
+def test_learned_rounding_saves_weights_of_two_bits(trained: Trained) -> None:
+    """Two layers of ternary weights, a quarter of all there are."""
+    few = ["layer3.1.conv1", "layer3.1.conv2"]
+    kinds = {layer.name: INT8 for layer in trained.traced.graph.layers} | dict.fromkeys(few, Precision("int2", "int8"))
+    policy, recipe = Policy(precisions=kinds), Recipe(images=512)
+    nearest, learned = (trained.accuracy(policy, replace(recipe, rounding=kind)) for kind in ("nearest", "adaround"))
+    assert learned > 90 and learned > nearest

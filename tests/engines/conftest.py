@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from autocomp.engines import Template, emit, load_template
 from autocomp.policy import Policy
-from autocomp.quantization import QuantParams, round_biases
+from autocomp.quantization import QuantParams, QuantWeight, quantize_weights, round_biases
 from tests.engines.nets import VNNI, Net, resnet
 
 
@@ -20,18 +20,21 @@ class Case:
     template: Template
     images: NDArray[np.float32]
 
-    def parts(self, policy: Policy) -> tuple[dict[str, NDArray[np.float32]], dict[str, QuantParams]]:
-        """Tensors as a compressed model has them, biases on the engine's grid, and the values' parameters."""
+    def parts(
+        self, policy: Policy
+    ) -> tuple[dict[str, NDArray[np.float32]], dict[str, QuantWeight], dict[str, QuantParams]]:
+        """Tensors as a compressed model has them, biases on the engine's grid; codes; and the values' parameters."""
         tensors = self.net.sliced(policy)
         params = self.net.params(self.images, tensors, policy)
-        return tensors | round_biases(self.net.graph, policy, tensors, params, VNNI), params
+        weights = quantize_weights(self.net.graph, policy, tensors, VNNI)
+        return tensors | round_biases(self.net.graph, policy, tensors, weights, params), weights, params
 
     def emit(self, policy: Policy) -> bytes:
         return emit(self.template, policy, *self.parts(policy), VNNI)
 
     def expected(self, policy: Policy) -> NDArray[np.float32]:
         """Logits of the fake-quantized torch evaluation."""
-        tensors, params = self.parts(policy)
+        tensors, _, params = self.parts(policy)
         return self.net.values(self.images, tensors, policy, params)[self.net.graph.output]
 
 

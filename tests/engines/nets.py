@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from autocomp.capabilities import Numerics
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Member, Node
 from autocomp.policy import Policy
-from autocomp.quantization import QuantParams, activation_params, dequantize_weight, place, quantize_weight
+from autocomp.quantization import QuantParams, activation_params, place, quantize_weights
 
 VNNI = Numerics(signed_activations=False, symmetric_activations=False, weight_max=127)
 
@@ -185,8 +185,8 @@ class Net:
         plan = place(graph, policy)
         weights = dict(tensors)
         if params is not None:
-            for layer in plan.layers:
-                weights[f"{layer}.weight"] = dequantize_weight(*quantize_weight(tensors[f"{layer}.weight"], numerics))
+            codes = quantize_weights(graph, policy, tensors, numerics)
+            weights |= {name: weight.real for name, weight in codes.items()}
         torches = {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()}
         bypass = {graph.branch_by_name[b].add: graph.branch_by_name[b].stream for b in policy.dropped}
         gone = graph.removed_layers(policy)

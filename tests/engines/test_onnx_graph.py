@@ -13,7 +13,7 @@ from autocomp.engines.onnxruntime import OnnxRuntimeBackend
 from autocomp.engines.simulated import SimulatedBackend
 from autocomp.errors import EngineError
 from autocomp.policy import INT8, Policy
-from autocomp.quantization import place, quantize_weight, round_biases
+from autocomp.quantization import place, round_biases
 from tests.engines.conftest import Case, case
 from tests.engines.nets import VNNI, Net
 
@@ -133,7 +133,7 @@ def test_engine_agrees_with_fake_quantization(resnet20: Case) -> None:
     policy = everywhere(resnet20.net)
     expected = resnet20.expected(policy)
     tensors = resnet20.net.sliced(policy)
-    plain = emit(resnet20.template, policy, tensors, resnet20.parts(policy)[1], VNNI)
+    plain = emit(resnet20.template, policy, tensors, *resnet20.parts(policy)[1:], VNNI)
     backend = OnnxRuntimeBackend(BackendSpec(batch=8))
     distances = []
     for data in (resnet20.emit(policy), plain):
@@ -146,14 +146,14 @@ def test_engine_agrees_with_fake_quantization(resnet20: Case) -> None:
 def test_rounded_biases_are_multiples_of_the_step(resnet8: Case) -> None:
     policy = everywhere(resnet8.net)
     tensors = resnet8.net.sliced(policy)
-    rounded, params = resnet8.parts(policy)
+    rounded, weights, params = resnet8.parts(policy)
     for layer in resnet8.net.graph.layers:
         read = resnet8.net.graph.node_by_name[layer.node].inputs[0]
-        _, scale = quantize_weight(tensors[layer.weight], VNNI)
+        scale = weights[layer.weight].scale
         codes = rounded[layer.bias].astype(np.float64) / (params[read].scale * scale.astype(np.float64))
         np.testing.assert_allclose(codes, np.rint(codes), atol=1e-2)
         assert np.abs(rounded[layer.bias] - tensors[layer.bias]).max() <= 0.51 * (params[read].scale * scale).max()
-    assert round_biases(resnet8.net.graph, Policy(), tensors, {}, VNNI) == {}
+    assert round_biases(resnet8.net.graph, Policy(), tensors, {}, {}) == {}
 
 
 def test_float_layer_between_int8_layers_stays_float(resnet8: Case, tmp_path: Path) -> None:
@@ -236,15 +236,15 @@ def test_typed_pairs_follow_the_plan(resnet20: Case) -> None:
 
 def test_missing_parameters_and_unknown_tensors_are_named(resnet8: Case) -> None:
     policy = everywhere(resnet8.net)
-    tensors = resnet8.net.sliced(policy)
-    params = resnet8.net.params(resnet8.images, tensors, policy)
-    removed = params.pop("relu")
+    tensors, weights, params = resnet8.parts(policy)
+    without = {value: entry for value, entry in params.items() if value != "relu"}
     with pytest.raises(EngineError, match="for relu"):
-        emit(resnet8.template, policy, tensors, params, VNNI)
+        emit(resnet8.template, policy, tensors, weights, without, VNNI)
+    with pytest.raises(EngineError, match=r"no weight codes for layer1\.0\.conv1"):
+        fewer = {name: weight for name, weight in weights.items() if name != "layer1.0.conv1.weight"}
+        emit(resnet8.template, policy, tensors, fewer, params, VNNI)
     with pytest.raises(EngineError, match="no parameter nowhere"):
-        emit(
-            resnet8.template, policy, {**tensors, "nowhere": tensors["linear.bias"]}, {**params, "relu": removed}, VNNI
-        )
+        emit(resnet8.template, policy, {**tensors, "nowhere": tensors["linear.bias"]}, weights, params, VNNI)
 
 
 def test_models_that_cannot_be_edited_are_refused(resnet8: Case) -> None:
