@@ -44,7 +44,7 @@ class Effort:
 
 THOROUGH = Effort(1.2e12, 256, None, ("channels", "branch", "precision"))
 """Of the command: every choice."""
-QUICK = Effort(2e11, 128, 2, ("channels", "branch"))
+QUICK = Effort(3e11, 256, 2, ("channels", "branch"))
 """Of a search before its first trial, in which int8 is taken for granted where the space allows it."""
 
 

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from autocomp.outcome import Observer, Phase, Step, Trust
+from autocomp.errors import AutocompError
+from autocomp.outcome import Note, Observer, Phase, Step, Trust
 from autocomp.results import Score, TrialResult
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
@@ -34,9 +35,6 @@ def gauge(
 
     Returns:
         None where fewer than 6 policies were scored.
-
-    Raises:
-        AutocompError: a policy that was scored before can no longer be built.
     """
     known = {
         finalist["policy"]: Score(**finalist["selection"])
@@ -51,13 +49,21 @@ def gauge(
     for trial in chosen:
         digest = trial.policy.digest
         if digest not in known:
-            onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
-            with trials.backend.build(onnx) as engine:
-                known[digest] = selection.score(engine)
-            run.record("trust", policy=digest, selection=known[digest].to_json())
+            try:
+                onnx = trials.emitter.emit(trials.emitter.compress(trial.policy))
+                with trials.backend.build(onnx) as engine:
+                    known[digest] = selection.score(engine)
+            except AutocompError as error:
+                observer(Note(f"trust: trial {trial.number} could not be scored again: {error}"))
+            else:
+                run.record("trust", policy=digest, selection=known[digest].to_json())
         observer(Step())
-    search = [trial.score.divergence for trial in chosen if trial.score is not None]
-    return trust_in(search, [known[trial.policy.digest].divergence for trial in chosen], seed)
+    pairs = [
+        (trial.score.divergence, known[trial.policy.digest].divergence)
+        for trial in chosen
+        if trial.score is not None and trial.policy.digest in known
+    ]
+    return trust_in([search for search, _ in pairs], [held_out for _, held_out in pairs], seed)
 
 
 def spread_over_scores(results: Sequence[TrialResult], count: int) -> list[TrialResult]:

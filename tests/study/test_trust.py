@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from autocomp.outcome import Event, Phase, Step, Trust
+from autocomp.errors import EngineError
+from autocomp.outcome import Event, Note, Phase, Step, Trust
 from autocomp.policy import Policy
 from autocomp.results import Score, Status, TrialResult
 from autocomp.study.run import Manifest, Run
@@ -119,6 +120,22 @@ def test_a_stopped_gauge_goes_on(tmp_path: Path) -> None:
         found = gauged(run, rest, results, [])
         assert found is not None and found.spearman == pytest.approx(-1.0)
         assert len(rest.built) == 12 - 4
+
+
+def test_a_policy_that_fails_is_left_out_and_told(tmp_path: Path) -> None:
+    class Refusing(Workshop):
+        def score(self, engine: Policy) -> Score:
+            if engine.kept["a"] == 3:
+                raise EngineError("refused")
+            return super().score(engine)
+
+    events: list[Event] = []
+    with Run.create(tmp_path / "run", MANIFEST) as run:
+        found = gauged(run, Refusing(), [trial(n, float(n)) for n in range(12)], events)
+    assert found is not None and found.policies == 11
+    assert [event.text for event in events if isinstance(event, Note)] == [
+        "trust: trial 2 could not be scored again: refused"
+    ]
 
 
 def test_too_few_policies_cost_nothing(tmp_path: Path) -> None:
