@@ -96,7 +96,6 @@ def ways(bench: Workbench) -> dict[str, tuple[Recipe, Statistics]]:
         "solved in sequence": (finishing, statistics),
         "closed form": (bench.recipe, statistics),
         "random channels, in sequence": (finishing, random),
-        "random channels, closed form": (bench.recipe, random),
         "no reconstruction": (replace(bench.recipe, reconstruction="none", recalibration="never"), statistics),
     }
 

@@ -130,9 +130,10 @@ def prune(
         else:
             renewed = True
         module = candidate if renewed else module
-    if observed and seen is None:
-        seen = observe(module)
-    return Pruned(module, branches, kept, renewed, before, after, seen.ranges if seen and observed else None)
+    ranges = seen.ranges if seen else None
+    if observed and ranges is None:
+        ranges = statistics.ranges if _ranges_kept(policy, recipe) else observe(module).ranges
+    return Pruned(module, branches, kept, renewed, before, after, ranges if observed else None)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,14 @@ def _worth_recalibrating(policy: Policy, recipe: Recipe) -> bool:
     if recipe.recalibration == "always" or recipe.reconstruction == "none":
         return recipe.recalibration != "never" and bool(policy.kept or policy.dropped)
     return recipe.recalibration == "auto" and bool(policy.dropped)
+
+
+def _ranges_kept(policy: Policy, recipe: Recipe) -> bool:
+    """Whether values still have the unpruned model's ranges, at least nearly: a pass over images for every policy would
+    cost more than all the rest. The closed form keeps mean and variance; finalists are looked at anew."""
+    if not policy.kept and not policy.dropped:
+        return True
+    return recipe.reconstruction == "closed_form" and not policy.dropped and recipe.recalibration != "always"
 
 
 def _reconstructed(

@@ -185,12 +185,15 @@ def test_int8_parameters_cover_the_ranges_seen(chain: Case) -> None:
 
 
 def test_percentile_ranges_leave_the_tails_out(chain: Case) -> None:
-    compressed = applied(chain, everywhere(chain), ranges="percentile", percentile=98.0)
+    recipe = Recipe(ranges="percentile", percentile=98.0)
+    statistics = collect(chain.traced, chain.images, recipe)
     low, high = np.percentile(chain.images.numpy(), (1.0, 99.0))
-    found = compressed.params["input"]
-    assert found.scale * 255 == pytest.approx(high - low, rel=0.02)
-    statistics = collect(chain.traced, chain.images, Recipe(ranges="percentile", percentile=98.0))
     assert statistics.ranges["input"] == pytest.approx((low, high), rel=0.02)
+    for reconstruction in ("closed_form", "none"):  # by the statistics, and by a pass of its own
+        chosen = replace(recipe, reconstruction=reconstruction, recalibration="never")  # type: ignore[arg-type]
+        policy = everywhere(chain, conv2=3)
+        compressed = compress(chain.traced, statistics, policy, chosen, UNSIGNED, chain.images)
+        assert compressed.params["input"].scale * 255 == pytest.approx(high - low, rel=0.02)
 
 
 def test_tensors_are_the_weights_before_rounding(mixed: Case) -> None:
