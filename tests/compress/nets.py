@@ -66,12 +66,14 @@ class Chain(nn.Module):
 
 def trained(module: nn.Module, seed: int = 0) -> nn.Module:
     """Random weights, and batch norms with statistics and factors of a kind that training leaves (some negative)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, biases = (torch.Generator().manual_seed(seed + offset) for offset in (0, 1000))
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.Conv2d | nn.Linear):
                 bound = part.weight[0].numel() ** -0.5
                 part.weight.uniform_(-2 * bound, 2 * bound, generator=generator)
+                if part.bias is not None:  # what torch draws by itself differs from one process to the next
+                    part.bias.uniform_(-bound, bound, generator=biases)
             if isinstance(part, nn.BatchNorm2d):
                 part.weight.uniform_(-0.5, 1.5, generator=generator)
                 part.bias.normal_(0.0, 0.3, generator=generator)
