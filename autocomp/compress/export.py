@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.apply import Compressed
 from autocomp.compress.naming import reason_of
+from autocomp.compress.quantize import fake_quantize
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
@@ -52,7 +53,7 @@ def export_compressed(compressed: Compressed) -> bytes:
 
 
 def _pair(value: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """QuantizeLinear and DequantizeLinear as themselves: torch cannot export its own per-tensor fake quantization."""
+    """QuantizeLinear and DequantizeLinear as themselves: an exporter would write fake quantization as arithmetic."""
     attributes: Any = {"axis": 0} if scale.ndim else {}
     inputs = (scale, zero_point)
     codes = torch.onnx.ops.symbolic(
@@ -69,7 +70,7 @@ def _write_pairs(module: fx.GraphModule, compressed: Compressed) -> None:
     weights = {compressed.graph.layer_by_name[name].weight for name in compressed.plan.layers}
     pairs: list[tuple[fx.Node, fx.Node | None, Tensor, Tensor]] = []
     for node in module.graph.nodes:
-        if node.target is torch.ops.aten.fake_quantize_per_tensor_affine.default:
+        if node.target is fake_quantize:
             scale, zero_point = torch.tensor(node.args[1]), torch.tensor(node.args[2], dtype=kind)
             pairs.append((node.args[0], node, scale, zero_point))
         elif node.op == "get_attr" and node.target in weights:

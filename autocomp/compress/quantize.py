@@ -26,7 +26,7 @@ from autocomp.quantization import (
     round_biases,
 )
 
-__all__ = ["Quantized", "params_of", "quantize"]
+__all__ = ["Quantized", "fake_quantize", "params_of", "quantize"]
 
 # Images behind a mean shift, and those (others, where there are enough) that tell whether correcting it helped.
 CORRECTION_IMAGES, HELD_OUT_IMAGES = 64, 64
@@ -111,6 +111,15 @@ def quantize(
     return corrected if gained else plain
 
 
+def fake_quantize(value: Tensor, scale: float, zero_point: int, smallest: int, largest: int) -> Tensor:
+    """What is left of a value when it is quantized, rounding ties to even, as QuantizeLinear does.
+
+    torch's own operator takes four times as long on a CPU.
+    """
+    codes = torch.div(value, scale).round_()
+    return codes.clamp_(smallest - zero_point, largest - zero_point).mul_(scale)
+
+
 def _fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, QuantParams], numerics: Numerics) -> None:
     """Put a fake-quantize node behind each quantized value; all its readers read the quantized one. In place."""
     smallest, largest = numerics.activation_range
@@ -121,7 +130,7 @@ def _fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, Quan
         with module.graph.inserting_after(node):
             quantized = module.graph.create_node(
                 "call_function",
-                torch.ops.aten.fake_quantize_per_tensor_affine.default,
+                fake_quantize,
                 (node, chosen.scale, chosen.zero_point, smallest, largest),
                 name=f"{node.name}_quantized",
             )

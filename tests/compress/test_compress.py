@@ -6,10 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import fx, nn
 
 from autocomp.capabilities import Numerics
 from autocomp.compress import Compressed, collect, compress, run, structure, trace
+from autocomp.compress.quantize import fake_quantize
 from autocomp.compress.recalibrate import divergence, recalibrated
 from autocomp.compress.surgery import tensors_of
 from autocomp.errors import CompressError, DataError, InputError
@@ -223,3 +226,17 @@ def test_a_layer_that_overflows_is_named(chain: Case) -> None:
     broken.module.get_parameter("conv2.bias").data[1] = float("nan")
     with pytest.raises(CompressError, match="conv2"):
         collect(broken, chain.images, Recipe())
+
+
+numbers = st.floats(-50, 50, width=32)
+
+
+@given(st.lists(numbers, min_size=1, max_size=30), st.floats(2**-10, 1.0, width=32), st.integers(0, 255))
+def test_fake_quantization_is_torchs(values: list[float], scale: float, zero_point: int) -> None:
+    """Up to ties, where torch multiplies by the reciprocal of the scale and engines divide."""
+    value = torch.tensor(values)
+    found = fake_quantize(value, scale, zero_point, 0, 255)
+    expected = torch.fake_quantize_per_tensor_affine(value, scale, zero_point, 0, 255)
+    tie = (value / scale - torch.floor(value / scale) - 0.5).abs() < 1e-3
+    torch.testing.assert_close(found[~tie], expected[~tie])
+    assert ((found - expected).abs() <= 1.001 * scale).all()
