@@ -71,7 +71,7 @@ class SearchConfig:
     batch: int | None = None
     space: str = "default"
     controller: str = "evolution"
-    trials: int = 48
+    trials: int = 32
     baseline_trials: int | None = None
     seed: int = 0
     executor: str = "local"

@@ -27,7 +27,8 @@ def gauge(
 ) -> Trust | None:
     """Score some of a run's policies on the selection split and compare the ranks with the search split's.
 
-    Scores are journaled as they come and none is taken twice; those that finalists got are used again.
+    Policies are compressed as in the search: finalists' own scores, of their better recipe, would not be its ranks.
+    Scores are journaled as they come and none is taken twice.
 
     Args:
         results: of all roles; those without a score are left out.
@@ -36,12 +37,7 @@ def gauge(
     Returns:
         None where fewer than 6 policies were scored.
     """
-    known = {
-        finalist["policy"]: Score(**finalist["selection"])
-        for entry in run.entries("finalists")
-        for finalist in entry["finalists"]
-    }
-    known |= {entry["policy"]: Score(**entry["selection"]) for entry in run.entries("trust")}
+    known = {entry["policy"]: Score(**entry["selection"]) for entry in run.entries("trust")}
     chosen = spread_over_scores(results, POLICIES)
     if len(chosen) < FEWEST:
         return None
