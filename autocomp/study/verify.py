@@ -72,8 +72,9 @@ def select(
 ) -> list[Finalist]:
     """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
 
-    Each is first timed again, longer; one whose upper bound is over a budget, or that loses too much accuracy where
-    speed is the goal, gives its place to the next. This saves verifications, and verifies nothing.
+    Each is first timed again, longer, by a file of its structure; one whose upper bound is over a budget, or that loses
+    too much accuracy where speed is the goal, gives its place to the next. This saves
+    verifications, and verifies nothing.
     """
     feasible = sorted(
         (result for result in results if result.feasible and result.objective is not None),
@@ -84,14 +85,15 @@ def select(
         if len(chosen) == count:
             break
         observer(Stage(trial.number, trial.role, "select"))
-        onnx = trials.emitter.emit(trials.emitter.finish(trial.policy))
-        with trials.backend.build(onnx) as engine:
+        skeleton = trials.emitter.skeleton(trial.policy)
+        with trials.backend.build(skeleton) as engine:
             usual = trials.current()
             timing = patience.measure(partial(_compare, trials, engine), usual.latency_ms["p50"])
-            ratio = estimate(timing, "p50").ratio
-            over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(onnx))
-            if any(violation > 0 for violation in over):
-                continue
+        ratio = estimate(timing, "p50").ratio
+        over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(skeleton))
+        if any(violation > 0 for violation in over):
+            continue
+        with trials.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
             score = selection.score(engine)
         if all(loss <= 0 for loss in usual.loss(score)):
             chosen.append(Finalist(trial, score))
