@@ -5,7 +5,7 @@
 
 PYTHON ?= python3
 BUDGET ?= 15ms
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 BIN := .venv/bin
 
