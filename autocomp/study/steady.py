@@ -11,7 +11,7 @@ __all__ = ["DRIFT", "WAITS_S", "Patience"]
 
 DRIFT = 0.10
 """How far the reference may be from its usual latency, as a fraction of it."""
-WAITS_S = (5.0, 10.0, 20.0, 40.0)
+WAITS_S = (5.0, 10.0, 20.0)
 """Pauses before a measurement is repeated, for all finalists of a run together."""
 
 

@@ -13,7 +13,7 @@ from autocomp.protocols import Engine
 from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
-from autocomp.study.steady import Patience
+from autocomp.study.steady import DRIFT, Patience
 from autocomp.study.trial import Limits, Trials
 
 __all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verification_protocol", "verify_role"]
@@ -22,6 +22,8 @@ MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
 LOOKED_AT = 5
 """Times the number of finalists: how many feasible trials are timed again at most to find them."""
+ROOM = DRIFT
+"""How much slower one finalist may run, as a fraction, and still meet the budgets."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +76,24 @@ def select(
 
     Each is first timed again, longer, by a file of its structure; one whose upper bound is over a budget, or that loses
     too much accuracy where speed is the goal, gives its place to the next. This saves
-    verifications, and verifies nothing.
+    verifications, and verifies nothing. The last place goes to a trial that would meet the budgets `ROOM` slower, where
+    there is one and the others would not: the best of a search lie at its limit, and a device that slows down a little
+    would fail them all.
     """
     feasible = sorted(
         (result for result in results if result.feasible and result.objective is not None),
         key=lambda result: (result.objective, result.latency_ms, result.policy.digest),
     )
+    roomy = [result for result in feasible if _meets(trials.current(), result, 1 + ROOM)]
     chosen: list[Finalist] = []
-    for trial in feasible[: LOOKED_AT * count]:
-        if len(chosen) == count:
+    looked = 0
+    for trial in feasible:
+        if len(chosen) == count or looked == LOOKED_AT * count:
             break
+        last_place = 1 < count == len(chosen) + 1
+        if last_place and roomy and not any(found in roomy for found in (trial, *(entry.trial for entry in chosen))):
+            continue
+        looked += 1
         observer(Stage(trial.number, trial.role, "select"))
         skeleton = trials.emitter.skeleton(trial.policy)
         with trials.backend.build(skeleton) as engine:
@@ -98,6 +108,12 @@ def select(
         if all(loss <= 0 for loss in usual.loss(score)):
             chosen.append(Finalist(trial, score))
     return _ordered(chosen, trials.limits)
+
+
+def _meets(limits: Limits, result: TrialResult, slowdown: float) -> bool:
+    """Whether the budgets hold where a candidate runs slower by a factor than it did in its trial."""
+    ratio = slowdown * (result.ratio or 1.0)
+    return all(over <= 0 for over in limits.violations(ratio, result.macs or 0, result.size_bytes or 0))
 
 
 def _compare(trials: Trials, engine: Engine) -> Timing:

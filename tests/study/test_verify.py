@@ -1,6 +1,7 @@
 """Budgets as limits, and finalists: a fixed order, at most K, never asked twice."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,8 +111,49 @@ def test_no_finalist_no_winner(ask: Any) -> None:
     assert ask([], attempts=3, count=0) == (None, None, [])
 
 
-def timing(reference_ms: float) -> Timing:
-    return Timing(tuple(Block(0, (5.0,) * 3, (reference_ms,) * 3) for _ in range(4)))
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Select among trials of given latency ratios, the best first, by exact timings; their numbers."""
+
+    def go(ratios: list[float], count: int) -> list[int]:
+        results = [
+            TrialResult(
+                number, "search", Policy({"g": number + 1}), "ok", (ratio / 0.5 - 1,), objective=float(number),
+                latency_ms=10 * ratio, reference_ms=10.0, macs=1, size_bytes=1,
+            )
+            for number, ratio in enumerate(ratios)
+        ]  # fmt: skip
+        bounds = Limits(parse_budgets(["0.5x"]), {"p50": 10.0}, 1, 1)
+        numbered = {result.policy: result.number for result in results}
+        emitter = SimpleNamespace(skeleton=numbered.get, finish=numbered.get, emit=lambda number: number)
+        backend = SimpleNamespace(build=nullcontext)
+        trials: Any = SimpleNamespace(emitter=emitter, backend=backend, limits=bounds, current=lambda: bounds)
+        selection: Any = SimpleNamespace(score=lambda number: Score(float(number), 0.9, 10))
+        patience: Any = SimpleNamespace(measure=lambda take, _: timing(10.0, 10 * ratios[take.args[1]]))
+        monkeypatch.setattr(verify, "initializer_bytes", lambda _: 1)
+        return [found.trial.number for found in verify.select(trials, results, selection, count, patience, ignore)]
+
+    return go
+
+
+@pytest.mark.parametrize(
+    ("ratios", "count", "expected"),
+    [
+        ([0.49, 0.48, 0.47, 0.40], 3, [0, 1, 3]),  # the last place is for one with a tenth to spare
+        ([0.49, 0.40, 0.48, 0.39], 3, [0, 1, 2]),  # one has it already
+        ([0.49, 0.48, 0.47, 0.46], 3, [0, 1, 2]),  # none has it
+        ([0.49, 0.40], 1, [0]),  # a single place is the best one's
+        ([0.55, 0.49, 0.40], 2, [1, 2]),  # what is over the budget leaves its place
+    ],
+)
+def test_one_finalist_has_room_for_a_slower_device(
+    choose: Any, ratios: list[float], count: int, expected: list[int]
+) -> None:
+    assert choose(ratios, count) == expected
+
+
+def timing(reference_ms: float, candidate_ms: float = 5.0) -> Timing:
+    return Timing(tuple(Block(0, (candidate_ms,) * 3, (reference_ms,) * 3) for _ in range(4)))
 
 
 def test_a_busy_device_is_waited_for_and_what_it_measured_is_thrown_away() -> None:
