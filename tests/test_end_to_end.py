@@ -135,6 +135,7 @@ def stop_after_three_trials(run: Path, how: signal.Signals) -> tuple[int, str, l
     process = subprocess.Popen(
         [sys.executable, "-m", "autocomp", "search", *ARGUMENTS, "--out", str(run)],
         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for what runs behind
     )  # fmt: skip
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
