@@ -57,8 +57,12 @@ def statistics_of(budgets: Sequence[Budget]) -> tuple[str, ...]:
     return found or ("p50",)
 
 
-def verification_protocol(statistics: Sequence[str], builds: int = 3, blocks: int = 12) -> TimingProtocol:
-    """Blocks long enough for the samples that the statistics ask for, with a tenth to spare."""
+def verification_protocol(statistics: Sequence[str], builds: int = 5, blocks: int = 8) -> TimingProtocol:
+    """Blocks long enough for the samples that the statistics ask for, with a tenth to spare.
+
+    Builds differ more than blocks of one build do, and a bound from three of them is wide whatever their number of
+    blocks (Student's t with two degrees of freedom): so rather more builds of fewer blocks.
+    """
     wanted = max(MIN_SAMPLES[name] for name in statistics)
     repeats = max(3, ceil(1.1 * wanted / (builds * blocks)))
     return TimingProtocol(warmup_ms=200.0, blocks=blocks, block_ms=40.0, min_repeats=repeats, builds=builds)
@@ -164,7 +168,7 @@ def _too_few(timing: Timing, statistics: Sequence[str], builds: int) -> str | No
     """Why a timing cannot be judged: a build whose blocks were all rejected for drift, or not enough samples."""
     kept = len({block.build for block in timing.blocks})
     if kept < builds:
-        return f"the device drifted too much: {builds - kept} of {builds} fresh builds gave no usable block"
+        return f"the device drifted too much: only {kept} fresh builds of {builds} gave usable blocks"
     wanted = max(MIN_SAMPLES[name] for name in statistics)
     if timing.samples < wanted:
         return f"not enough samples: {timing.samples} of {wanted} are left, {timing.rejected} blocks drifted"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from autocomp.engines import BackendSpec, estimate, measure_fresh
+from autocomp.engines import BackendSpec, estimate, fresh, measure_fresh
 from autocomp.errors import EngineError
 from autocomp.policy import Policy
-from autocomp.results import TimingProtocol
+from autocomp.results import Block, Timing, TimingProtocol
 from tests.engines.conftest import Case
 
 QUICK = TimingProtocol(warmup_ms=1, blocks=2, block_ms=1, min_repeats=2, builds=2, max_drift=100.0)
@@ -36,6 +36,32 @@ def test_real_engine_in_fresh_processes(resnet8: Case) -> None:
     timing = measure_fresh(BackendSpec("onnxruntime", batch=2), data, data, QUICK)
     assert {block.build for block in timing.blocks} == {0, 1}
     assert all(time > 0 for block in timing.blocks for time in block.candidate_ms + block.reference_ms)
+
+
+def test_a_build_on_a_slowed_device_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    references_ms = iter([10.0, 10.0, 14.0, 10.0, 99.0])
+    builds: list[int] = []
+
+    def one(spec: BackendSpec, files: list[str], protocol: TimingProtocol, build: int) -> Timing:
+        builds.append(build)
+        return Timing((Block(build, (5.0,), (next(references_ms),)),))
+
+    monkeypatch.setattr(fresh, "_one", one)
+    timing = measure_fresh(BackendSpec(), b"", b"", TimingProtocol(builds=3))
+    assert builds == [0, 1, 2, 3]
+    assert [block.build for block in timing.blocks] == [0, 1, 3] and timing.rejected == 1
+
+
+def test_a_device_that_never_settles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[int] = []
+
+    def one(spec: BackendSpec, files: list[str], protocol: TimingProtocol, build: int) -> Timing:
+        builds.append(build)
+        return Timing((Block(build, (5.0,), (10.0 * 2**build,)),))
+
+    monkeypatch.setattr(fresh, "_one", one)
+    assert len(measure_fresh(BackendSpec(), b"", b"", TimingProtocol(builds=3)).blocks) == 1
+    assert len(builds) == 6
 
 
 def test_failure_is_the_last_line(resnet8: Case) -> None:
