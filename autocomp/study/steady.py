@@ -10,7 +10,7 @@ from autocomp.results import Timing
 __all__ = ["DRIFT", "WAITS_S", "Patience"]
 
 DRIFT = 0.10
-"""How far the reference may be from its usual latency, as a fraction of it."""
+"""How much slower than usual the reference may be, as a fraction."""
 WAITS_S = (5.0, 10.0, 20.0)
 """Pauses before a measurement is repeated, for all finalists of a run together."""
 
@@ -20,7 +20,8 @@ class Patience:
 
     Other work on a device, or on the machine it is a part of, slows the uncompressed engine down. A measurement is
     then thrown away for what the reference says, before anyone looks at the candidate; so nothing is measured until
-    it passes. When the pauses are used up what was measured last counts.
+    it passes. When the pauses are used up what was measured last counts. A device that is faster than usual is not
+    waited for: it was the usual latency that other work had slowed down.
 
     Args:
         observer: told of each pause.
@@ -36,11 +37,11 @@ class Patience:
         self._pause = pause
 
     def measure(self, take: Callable[[], Timing], usual_ms: float) -> Timing:
-        """Call ``take`` until the reference's median is within `DRIFT` of ``usual_ms``, or no pause is left."""
+        """Call ``take`` until the reference's median is at most `DRIFT` over ``usual_ms``, or no pause is left."""
         while True:
             timing = take()
             found = estimate(timing, "p50").reference_ms.value
-            wait = None if abs(found / usual_ms - 1) <= DRIFT else next(self._waits, None)
+            wait = None if found / usual_ms - 1 <= DRIFT else next(self._waits, None)
             if wait is None:
                 return timing
             self._observer(

@@ -157,12 +157,16 @@ def timing(reference_ms: float, candidate_ms: float = 5.0) -> Timing:
 
 
 def test_a_busy_device_is_waited_for_and_what_it_measured_is_thrown_away() -> None:
-    found, pauses, told = iter([13.0, 8.0, 10.5, 99.0]), [], []
+    found, pauses, told = iter([13.0, 18.0, 10.5, 99.0]), [], []
     patience = Patience(told.append, (1.0, 2.0, 4.0), pauses.append)
     kept = patience.measure(lambda: timing(next(found)), usual_ms=10.0)
     assert kept == timing(10.5)
     assert pauses == [1.0, 2.0]
     assert all(isinstance(event, Note) and "instead of 10.0 ms" in event.text for event in told)
+
+
+def test_a_faster_device_is_not_waited_for() -> None:
+    assert Patience(ignore, (1.0,), pytest.fail).measure(lambda: timing(7.0), usual_ms=10.0) == timing(7.0)
 
 
 def test_waiting_ends_and_the_last_measurement_counts() -> None:
