@@ -1,7 +1,7 @@
 """The traced model as plain data: operators, layers, groups of coupled channels, residual branches."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 
@@ -220,6 +220,23 @@ class LayerGraph:
     def removed_layers(self, policy: Policy) -> frozenset[str]:
         """Names of the layers that go with the policy's dropped branches."""
         return frozenset(layer for name in policy.dropped for layer in self.branch_by_name[name].layers)
+
+    def live(self, policy: Policy) -> tuple[Node, ...]:
+        """The nodes that are left, in topological order, reading past the additions of dropped branches."""
+        bypass = {self.branch_by_name[name].add: self.branch_by_name[name].stream for name in policy.dropped}
+
+        def resolve(value: str) -> str:
+            while value in bypass:
+                value = bypass[value]
+            return value
+
+        found: list[Node] = []
+        needed = {resolve(self.output)}
+        for node in reversed(self.nodes):
+            if node.name in needed:
+                found.append(replace(node, inputs=tuple(map(resolve, node.inputs))))
+                needed.update(found[-1].inputs)
+        return tuple(reversed(found))
 
     def parameter_shapes(self, policy: Policy) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter under the policy; those of removed layers are absent."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from autocomp.capabilities import Capabilities, DeviceInfo
 from autocomp.policy import Policy
-from autocomp.results import TrialResult
+from autocomp.results import OperatorTimes, TrialResult
 
 __all__ = ["Backend", "Controller", "Engine", "Executor"]
 
@@ -64,6 +64,14 @@ class Backend(Protocol):
 
         Raises:
             EngineError: naming the node or layer the runtime refused.
+        """
+        ...
+
+    def profile(self, onnx: bytes, repeats: int) -> OperatorTimes:
+        """What the operators of a model take inside its engine, medians of ``repeats`` runs.
+
+        Raises:
+            EngineError: as `build`.
         """
         ...
 

@@ -99,18 +99,11 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
         if precision.is_integer and precision.activation_bits != 8:
             raise InputError(f"{name} cannot run as {precision}: choose int8, or w2a8 to w7a8 for fewer weight bits")
     removed = graph.removed_layers(policy)
-    bypass = {graph.branch_by_name[name].add: graph.branch_by_name[name].stream for name in policy.dropped}
-
-    def resolve(value: str) -> str:
-        while value in bypass:
-            value = bypass[value]
-        return value
-
-    live = _live_nodes(graph, bypass)
-    readers: dict[str, list[Node]] = {node.name: [] for node in live}
-    for node in live:
+    ops = {node.name: node for node in graph.live(policy)}
+    readers: dict[str, list[Node]] = {name: [] for name in ops}
+    for node in ops.values():
         for value in node.inputs:
-            readers[resolve(value)].append(node)
+            readers[value].append(node)
 
     def behind_activation(node: Node) -> str:
         following = readers[node.name]
@@ -124,41 +117,28 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     quantized: set[str] = set()
     for name in layers:
         layer = graph.layer_by_name[name]
-        node = graph.node_by_name[layer.node]
-        quantized.add(resolve(node.inputs[0]))
+        node = ops[layer.node]
+        quantized.add(node.inputs[0])
         written = behind_activation(node)
         if not (layer.op == "linear" and written == graph.output):
             quantized.add(written)
-
-    ops = {node.name: node for node in live}
 
     def source(value: str) -> str | None:
         """The quantized value that ``value`` was moved from, or None."""
         node = ops[value]
         if node.op in PASSING and node.inputs:
-            origin = source(resolve(node.inputs[0]))
+            origin = source(node.inputs[0])
             if origin is not None:
                 return origin
         return value if value in quantized else None
 
-    for node in live:
-        if node.op in JOINS and len(node.inputs) > 1:
-            inputs = [resolve(value) for value in node.inputs]
-            if all(source(value) is not None for value in inputs):
-                quantized.update(inputs)
-                if node.name != graph.output:
-                    quantized.add(behind_activation(node))
-    values = {node.name: source(node.name) or node.name for node in live if node.name in quantized}
+    for node in ops.values():
+        if node.op in JOINS and len(node.inputs) > 1 and all(source(value) is not None for value in node.inputs):
+            quantized.update(node.inputs)
+            if node.name != graph.output:
+                quantized.add(behind_activation(node))
+    values = {name: source(name) or name for name in ops if name in quantized}
     return QuantPlan(values, layers)
-
-
-def _live_nodes(graph: LayerGraph, bypass: Mapping[str, str]) -> list[Node]:
-    """Nodes the output still depends on, in topological order, bypassed additions left out."""
-    needed = {graph.output}
-    for node in reversed(graph.nodes):
-        if node.name in needed:
-            needed.update([bypass[node.name]] if node.name in bypass else node.inputs)
-    return [node for node in graph.nodes if node.name in needed and node.name not in bypass]
 
 
 def activation_params(low: float, high: float, numerics: Numerics) -> QuantParams:

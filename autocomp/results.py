@@ -52,6 +52,21 @@ class TimingProtocol:
 
 
 @dataclass(frozen=True, slots=True)
+class OperatorTimes:
+    """What the operators of a file take inside an engine.
+
+    Attributes:
+        by_value: ms, by the first value that an operator writes in the file. Operators that the runtime fused count to
+            one of them, conversions that it inserted to the operator whose result they convert; the name of the
+            model's input stands for what comes before all operators.
+        run_ms: of a whole run under the profiler; a little more than all operators together.
+    """
+
+    by_value: Mapping[str, float]
+    run_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive runs of the candidate beside consecutive runs of the reference, in ms per run."""
 

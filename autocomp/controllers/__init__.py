@@ -10,14 +10,28 @@ from types import MappingProxyType
 
 from autocomp.controllers.allocation import Allocation, allocate, frontier
 from autocomp.controllers.evolution import EvolutionController
+from autocomp.controllers.guided import GuidedController, Knowledge
 from autocomp.controllers.initial import warm_start
 from autocomp.controllers.random import RandomController
+from autocomp.controllers.solver import Factor, Problem, solve
 from autocomp.errors import ConfigError
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.space import PolicySpace
 
-__all__ = ["CONTROLLERS", "Allocation", "allocate", "frontier", "make_controller", "warm_start"]
+__all__ = [
+    "CONTROLLERS",
+    "Allocation",
+    "Factor",
+    "GuidedController",
+    "Knowledge",
+    "Problem",
+    "allocate",
+    "frontier",
+    "make_controller",
+    "solve",
+    "warm_start",
+]
 
 Factory = Callable[[PolicySpace, int, Sequence[Policy]], Controller]
 

@@ -1,5 +1,6 @@
 """Engines: typed ONNX from a policy, backends that run it, and timing. Importing this loads no runtime."""
 
+from autocomp.engines.attribution import by_graph_value
 from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend
 from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
@@ -12,6 +13,7 @@ __all__ = [
     "BACKENDS",
     "BackendSpec",
     "Template",
+    "by_graph_value",
     "compare",
     "device_lock",
     "emit",

@@ -1,11 +1,13 @@
 """ONNX Runtime on the CPU: the embedded default engine."""
 
+import json
 import os
 import platform
 import re
 import time
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,10 +17,12 @@ from numpy.typing import NDArray
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
+from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.onnx_graph import parse
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
+from autocomp.results import OperatorTimes
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
 
@@ -28,6 +32,9 @@ _FAILURES: tuple[type[Exception], ...] = (
     RuntimeError, ValueError,
 )  # fmt: skip
 _SILENT = 4  # only fatal messages
+_WARM_RUNS = 3  # before a profile counts
+_RUN = "model_run"
+_KERNEL = "_kernel_time"  # behind a node's name in a profile
 # Instruction sets that decide how fast, and how exactly, 8-bit products are computed.
 _SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
 _EXACT = frozenset({"avx_vnni", "avx512_vnni", "asimddp"})
@@ -72,6 +79,28 @@ class OnnxRuntimeBackend:
         options.optimized_model_filepath = str(path)
         _session(onnx, options)
         return path.read_bytes()
+
+    def profile(self, onnx: bytes, repeats: int) -> OperatorTimes:
+        """See `autocomp.protocols.Backend`; the runtime's own profiler has whole microseconds."""
+        with TemporaryDirectory(prefix="autocomp-") as folder:
+            options = session_options(self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+            with OnnxRuntimeEngine(onnx, self.batch, self._threads, options) as engine:
+                engine.time(_WARM_RUNS + repeats)
+                events = json.loads(Path(engine.end_profiling()).read_text())
+            nodes = parse((Path(folder) / "optimized.onnx").read_bytes()).graph.node
+        owners = dict(zip((node.name for node in nodes), Attribution(onnx).of(nodes), strict=True))
+        runs: dict[str, list[float]] = {}
+        whole = [event["dur"] / 1e3 for event in events if event["name"] == _RUN]
+        for event in events:
+            if event["cat"] == "Node" and event["name"].endswith(_KERNEL):
+                runs.setdefault(event["name"].removesuffix(_KERNEL), []).append(event["dur"] / 1e3)
+        found: dict[str, float] = {}
+        for name, times in runs.items():
+            found[owners[name]] = found.get(owners[name], 0.0) + float(np.median(times[-repeats:]))
+        return OperatorTimes(found, float(np.median(whole[-repeats:])))
 
 
 class OnnxRuntimeEngine:
@@ -138,6 +167,10 @@ class OnnxRuntimeEngine:
         if self._session is None:
             raise EngineError("this engine was closed: build it again")
         return self._session
+
+    def end_profiling(self) -> str:
+        """The file that a profiling session wrote."""
+        return str(self._open().end_profiling())
 
     def __enter__(self) -> Self:
         return self

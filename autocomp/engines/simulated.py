@@ -17,6 +17,7 @@ from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
+from autocomp.results import OperatorTimes
 
 if TYPE_CHECKING:
     from autocomp.engines.onnxruntime import OnnxRuntimeEngine
@@ -82,6 +83,11 @@ class SimulatedBackend:
     def build(self, onnx: bytes) -> "SimulatedEngine":
         return SimulatedEngine(onnx, self.batch, roofline_ms(onnx, self._description, self.batch, self._threads))
 
+    def profile(self, onnx: bytes, repeats: int) -> OperatorTimes:
+        """See `autocomp.protocols.Backend`; every run takes the same."""
+        found = operators_ms(onnx, self._description, self.batch, self._threads)
+        return OperatorTimes(found, sum(found.values()))
+
 
 class SimulatedEngine:
     """Times are the roofline's, always equal; outputs come from executing the model, Q/DQ pairs in exact float."""
@@ -131,8 +137,13 @@ _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
 
 
 def roofline_ms(onnx: bytes, device: Description, batch: int, threads: int) -> float:
-    """Estimated latency of a model in ms: for each launched operator the slower of its arithmetic and its memory
-    traffic, and an overhead. Activations, and Q/DQ pairs between integer operators, cost nothing.
+    """Estimated latency of a model in ms: the sum of `operators_ms`. Raises: EngineError, as there."""
+    return sum(operators_ms(onnx, device, batch, threads).values())
+
+
+def operators_ms(onnx: bytes, device: Description, batch: int, threads: int) -> dict[str, float]:
+    """Estimated ms of each operator, by the first value it writes: the slower of its arithmetic and its memory
+    traffic, and an overhead where it is launched. Activations, and Q/DQ pairs between integer operators, cost nothing.
 
     Raises:
         EngineError: no ONNX model, or its shapes cannot be inferred.
@@ -148,8 +159,7 @@ def roofline_ms(onnx: bytes, device: Description, batch: int, threads: int) -> f
     except shape_inference.InferenceError as error:
         raise EngineError(f"the model is not valid: {' '.join(str(error).split())[:300]}") from error
     flow = _Flow(model)
-    total_us = sum(_cost_us(node, flow, device, threads) for node in model.graph.node)
-    return total_us / 1e3
+    return {node.output[0]: _cost_us(node, flow, device, threads) / 1e3 for node in model.graph.node}
 
 
 class _Flow:

@@ -1,6 +1,23 @@
-"""What is known of devices: profiles kept as folders, and latencies measured before."""
+"""What is known of devices: profiles kept as folders, predictions from them, and latencies measured before."""
 
+from autocomp.hardware.kernels import ENTRY, Kernel, kernels_of, owners
 from autocomp.hardware.latency import LatencyEntry, LatencyKey, LatencyTable
-from autocomp.hardware.profile import HardwareProfile, Kernel
+from autocomp.hardware.predict import SHORTEST_MS, KernelEstimate, Prediction, Predictor
+from autocomp.hardware.profile import EngineTime, HardwareProfile, KernelTime
 
-__all__ = ["HardwareProfile", "Kernel", "LatencyEntry", "LatencyKey", "LatencyTable"]
+__all__ = [
+    "ENTRY",
+    "SHORTEST_MS",
+    "EngineTime",
+    "HardwareProfile",
+    "Kernel",
+    "KernelEstimate",
+    "KernelTime",
+    "LatencyEntry",
+    "LatencyKey",
+    "LatencyTable",
+    "Prediction",
+    "Predictor",
+    "kernels_of",
+    "owners",
+]

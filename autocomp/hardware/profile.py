@@ -1,50 +1,87 @@
-"""A device's profile: a folder with ``profile.toml`` and, where kernels were timed, ``kernels.csv``."""
+"""A device's profile: a folder with ``profile.toml``, and ``kernels.csv`` and ``engines.csv`` where it was measured."""
 
 import csv
+import datetime
 import io
 import math
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from datetime import date
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
+from autocomp.capabilities import DeviceInfo
 from autocomp.errors import ConfigError, InputError, RunError
-from autocomp.policy import Precision
+from autocomp.hardware.kernels import Kernel
 from autocomp.space import toml
 
-__all__ = ["HardwareProfile", "Kernel"]
+__all__ = ["EngineTime", "HardwareProfile", "KernelTime"]
 
 FORMAT = 1
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
-class Kernel:
-    """One measured operator.
+class KernelTime:
+    """What one kernel takes inside engines.
 
     Attributes:
-        name: the operator with its shapes, as the profiler wrote it.
-        precision: of its weights and activations.
-        batch: images a run.
-        median_ms: of one run.
-        deviation_ms: median absolute deviation of the runs.
-        samples: runs measured.
+        kernel: what was timed.
+        median_ms: mean over engines of its median in each, at the speed the device had when the profile was begun.
+        deviation_ms: standard deviation of these medians over engines.
+        samples: engines, or places in them, that it was timed in.
     """
 
-    name: str
-    precision: Precision
-    batch: int
+    kernel: Kernel
     median_ms: float
     deviation_ms: float
     samples: int
 
     def __post_init__(self) -> None:
-        times = (self.median_ms, self.deviation_ms)
-        if not all(math.isfinite(time) and time >= 0 for time in times):
-            raise ConfigError(f"kernel {self.name!r} has a time that is negative or no number: measure it again")
-        if self.batch < 1 or self.samples < 1:
-            raise ConfigError(f"kernel {self.name!r}: batch and samples must be 1 or more")
+        _refuse_times(str(self.kernel), self.median_ms, self.deviation_ms)
+        if self.samples < 1:
+            raise ConfigError(f"kernel {self.kernel}: samples must be 1 or more")
+
+    @property
+    def error_ms(self) -> float:
+        """Standard error; a single sample is taken to be 5 % off."""
+        if self.samples == 1:
+            return 0.05 * self.median_ms
+        return float(max(self.deviation_ms, 0.01 * self.median_ms) / math.sqrt(self.samples))
+
+    def with_sample(self, ms: float) -> Self:
+        """One more (Welford 1962)."""
+        count = self.samples + 1
+        mean = self.median_ms + (ms - self.median_ms) / count
+        squares = self.deviation_ms**2 * max(self.samples - 1, 0) + (ms - self.median_ms) * (ms - mean)
+        return type(self)(self.kernel, mean, math.sqrt(max(squares, 0.0) / (count - 1)), count)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTime:
+    """A whole engine that kernels were timed in.
+
+    Attributes:
+        model: of the engine, as ``--model`` names it.
+        batch: images a run.
+        kernels: it runs.
+        kernels_ms: of all of them together.
+        ms: of a run, at the speed the device had when the profile was begun.
+    """
+
+    model: str
+    batch: int
+    kernels: int
+    kernels_ms: float
+    ms: float
+
+    def __post_init__(self) -> None:
+        _refuse_times(f"an engine of {self.model}", self.kernels_ms, self.ms)
+
+
+def _refuse_times(name: str, *times: float) -> None:
+    if not all(math.isfinite(time) and time >= 0 for time in times):
+        raise ConfigError(f"{name} has a time that is negative or no number: build the profile again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +94,23 @@ class HardwareProfile:
         threads: used by the engine.
         date: of the measurement, or of the description.
         measured: False where the device is only described and no time was taken.
+        details: driver, processor and what else tells two devices apart, as ``name: value; ...``.
+        protocol: how times were taken.
         notes: what a reader should know.
-        kernels: measured; empty for a described device.
+        kernels: measured, sorted; empty for a described device.
+        engines: that they were measured in.
     """
 
     device: str
     engine: str
     threads: int
-    date: date
+    date: datetime.date
     measured: bool
+    details: str = ""
+    protocol: str = ""
     notes: str = ""
-    kernels: tuple[Kernel, ...] = ()
+    kernels: tuple[KernelTime, ...] = ()
+    engines: tuple[EngineTime, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.engine or not self.device or Path(self.device).name != self.device:
@@ -76,6 +119,20 @@ class HardwareProfile:
             raise ConfigError(f"threads = {self.threads}: it must be 1 or more")
         if self.kernels and not self.measured:
             raise ConfigError("a device that is only described has no measured kernels: set measured = true")
+
+    @classmethod
+    def of(cls, device: DeviceInfo, today: datetime.date, protocol: str) -> Self:
+        """An empty one, to be measured."""
+        return cls(device.name, device.engine, device.threads, today, True, _details(device), protocol)
+
+    def differences(self, device: DeviceInfo) -> tuple[str, ...]:
+        """What a device has otherwise than the one that was measured; empty where the profile fits."""
+        pairs = (
+            ("engine", self.engine, device.engine),
+            ("threads", str(self.threads), str(device.threads)),
+            ("device", self.details, _details(device)),
+        )
+        return tuple(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -92,6 +149,8 @@ class HardwareProfile:
             "threads": toml.integer,
             "date": toml.day,
             "measured": toml.boolean,
+            "details": toml.string,
+            "protocol": toml.string,
             "notes": toml.string,
         }
         try:
@@ -102,8 +161,9 @@ class HardwareProfile:
             if missing:
                 raise ConfigError(f"{', '.join(missing)} missing: the file is torn, profile the device again")
             path = folder / "kernels.csv"
-            kernels = tuple(_kernels(path.read_text(encoding="utf-8"))) if path.exists() else ()
-            return cls(**values, kernels=kernels)
+            kernels = _rows(path, _KERNEL_COLUMNS, _kernel_time)
+            path = folder / "engines.csv"
+            return cls(**values, kernels=kernels, engines=_rows(path, _ENGINE_COLUMNS, _engine_time))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, InputError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -114,14 +174,23 @@ class HardwareProfile:
             RunError: the folder cannot be written.
         """
         folder = root / self.device
-        head = {key: value for key, value in asdict(self).items() if key != "kernels"}
+        head = {key: value for key, value in asdict(self).items() if key not in ("kernels", "engines")}
         lines = [f"{key} = {toml.write(value)}" for key, value in {"format": FORMAT, **head}.items()]
+        kernels = [
+            [*map(_cell, _values(entry.kernel)), entry.median_ms, entry.deviation_ms, entry.samples]
+            for entry in sorted(self.kernels, key=lambda entry: entry.kernel)
+        ]
+        tables = (
+            ("kernels.csv", _KERNEL_COLUMNS, kernels),
+            ("engines.csv", _ENGINE_COLUMNS, map(_values, self.engines)),
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.kernels:
-                _replace(folder / "kernels.csv", _csv(self.kernels))
-            else:
-                (folder / "kernels.csv").unlink(missing_ok=True)
+            for name, columns, rows in tables:
+                if self.measured:
+                    _replace(folder / name, _csv(columns, list(rows)))
+                else:
+                    (folder / name).unlink(missing_ok=True)
             _replace(folder / "profile.toml", "\n".join(lines) + "\n")
         except OSError as error:
             raise RunError(
@@ -130,28 +199,62 @@ class HardwareProfile:
         return folder
 
 
-_COLUMNS = [field.name for field in fields(Kernel)]
+def _details(device: DeviceInfo) -> str:
+    return "; ".join(f"{name}: {value}" for name, value in device.details)
 
 
-def _csv(kernels: tuple[Kernel, ...]) -> str:
+_KERNEL_COLUMNS = [*(field.name for field in fields(Kernel)), "median_ms", "deviation_ms", "samples"]
+_ENGINE_COLUMNS = [field.name for field in fields(EngineTime)]
+
+
+def _values(row: Any) -> list[Any]:
+    return [getattr(row, field.name) for field in fields(row)]
+
+
+def _cell(value: Any) -> Any:
+    return "x".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows([k.name, k.precision, k.batch, k.median_ms, k.deviation_ms, k.samples] for k in kernels)
+    writer.writerow(columns)
+    writer.writerows(rows)
     return text.getvalue()
 
 
-def _kernels(text: str) -> Iterator[Kernel]:
-    """Raises: ConfigError naming the first line that is not a whole kernel."""
-    reader = csv.reader(io.StringIO(text))
-    if next(reader, None) != _COLUMNS:
-        raise ConfigError(f"its first line is not {','.join(_COLUMNS)}: profile the device again")
+def _rows(path: Path, columns: Sequence[str], parse: Callable[[Mapping[str, str]], Row]) -> tuple[Row, ...]:
+    """Raises: ConfigError naming the first line that is not a whole row."""
+    if not path.exists():
+        return ()
+    reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
+    if next(reader, None) != columns:
+        raise ConfigError(f"its first line is not {','.join(columns)}: profile the device again")
+    found = []
     for row in reader:
         try:
-            name, precision, batch, median, deviation, samples = row
-            yield Kernel(name, Precision.parse(precision), int(batch), float(median), float(deviation), int(samples))
+            found.append(parse(dict(zip(columns, row, strict=True))))
+        except ConfigError:
+            raise
         except ValueError as error:
-            raise ConfigError(f"line {reader.line_num} is torn or no kernel: profile the device again") from error
+            raise ConfigError(f"line {reader.line_num} is torn or wrong ({error}): profile the device again") from error
+    return tuple(found)
+
+
+def _kernel_time(row: Mapping[str, str]) -> KernelTime:
+    kernel = Kernel(
+        row["op"], int(row["channels_in"]), int(row["channels_out"]), _sizes(row["kernel"]), _sizes(row["stride"]),
+        int(row["groups"]), _sizes(row["size"]), int(row["batch"]), row["precision"], row["context"],
+    )  # fmt: skip
+    return KernelTime(kernel, float(row["median_ms"]), float(row["deviation_ms"]), int(row["samples"]))
+
+
+def _engine_time(row: Mapping[str, str]) -> EngineTime:
+    return EngineTime(row["model"], int(row["batch"]), int(row["kernels"]), float(row["kernels_ms"]), float(row["ms"]))
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split("x"))) if text else ()
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,9 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from autocomp.engines import BACKENDS, BackendSpec, make_backend
+from autocomp.engines import BACKENDS, BackendSpec, by_graph_value, make_backend
+from autocomp.engines.onnx_graph import parse
 from autocomp.errors import ConfigError, EngineError
-from autocomp.policy import FP32, INT8, Policy
+from autocomp.policy import FP32, INT8, Policy, Precision
 from autocomp.protocols import Backend, Engine
 from tests.engines.conftest import Case, case
 from tests.engines.nets import resnet
@@ -69,6 +70,22 @@ def test_times_are_positive_milliseconds(backend: Backend, model: Case) -> None:
     assert times.shape == (3,)
     assert times.dtype == np.float64
     assert ((times > 0) & (times < 1e4)).all()
+
+
+@pytest.mark.parametrize("precision", [FP32, INT8], ids=str)
+def test_the_times_of_operators_are_of_operators_in_the_file(
+    backend: Backend, model: Case, precision: Precision
+) -> None:
+    policy = Policy(precisions={layer.name: precision for layer in model.net.graph.layers})
+    onnx = model.emit(policy)
+    times = backend.profile(onnx, repeats=5)
+    graph = parse(onnx).graph
+    assert set(times.by_value) <= {graph.input[0].name, *(node.output[0] for node in graph.node)}
+    assert all(ms >= 0 for ms in times.by_value.values())
+    assert 0.5 * times.run_ms < sum(times.by_value.values()) <= 1.01 * times.run_ms
+    by_node = by_graph_value(onnx, times.by_value, model.template.values)
+    assert set(by_node) <= set(model.net.graph.node_by_name)
+    assert sum(by_node.values()) == pytest.approx(sum(times.by_value.values()))
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 9), (3, 8, 8), (2, 1, 8, 8)])

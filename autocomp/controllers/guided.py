@@ -1,0 +1,290 @@
+"""The guided controller: what is known of losses and costs, solved for the budget, and corrected by every result."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autocomp.controllers.initial import checked
+from autocomp.controllers.random import fresh
+from autocomp.controllers.solver import Problem, solve
+from autocomp.policy import Policy
+from autocomp.results import TrialResult
+from autocomp.space import PolicySpace
+
+__all__ = ["GuidedController", "Knowledge"]
+
+Array = NDArray[np.float64]
+
+SOLVED = 40
+"""Results after which proposals come from local search alone."""
+LEARNED_FROM = 400
+"""Results that the losses are fitted to: the best ones, beyond that number."""
+NOISE = 0.2
+"""Relative error that the sum of losses has anyway, as a fraction of the divergence."""
+DOUBT = 1.0
+"""Relative standard deviation of each decision's loss before anything was tried."""
+ELITES = 4
+"""Best results that local search begins from."""
+MOVES = 1500
+"""Changes that local search tries for one proposal."""
+CORRECTIONS = 3
+"""Solutions after each of which the limits are moved by what the factors got wrong."""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a guided search begins with.
+
+    Attributes:
+        problem: losses of the options, and their costs by budget.
+        limits: of the budgets.
+        choices: policy -> one index per decision of the problem.
+        policy: the reverse.
+        costs: what a policy is expected to cost by budget, interactions between decisions included.
+    """
+
+    problem: Problem
+    limits: tuple[float, ...]
+    choices: Callable[[Policy], tuple[int, ...]]
+    policy: Callable[[Sequence[int]], Policy]
+    costs: Callable[[Policy], tuple[float, ...]]
+
+
+class GuidedController:
+    """Solves for the least expected divergence within the budgets, tries the solution, and learns from the result.
+
+    The divergence is taken to be a weighted sum of the divergences of single choices. The weights are a Bayesian
+    linear regression over the results so far, with the measured single divergences as its prior mean. Each proposal is
+    the best policy for one draw of the weights (Thompson sampling; Russo et al. 2018, section 3), so that search goes
+    where the weights are uncertain and little is expected to be lost. The idea of searching over sensitivities with
+    a solver inside is SPDY's (Frantar and Alistarh 2022, section 3.3); there weights are drawn blindly, here the
+    results shape them. The first draws are solved exactly (see `solver`), later ones by local search from the best
+    results, in milliseconds.
+
+    What measured budgets were over or under their prediction moves the limits.
+    """
+
+    def __init__(self, space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge) -> None:
+        self._space = space
+        self._seed = seed
+        self._initial = checked(space, initial)
+        self._knowledge = knowledge
+        self._results: dict[Policy, TrialResult] = {}
+        self._pending: dict[Policy, None] = {}
+        self._predicted: dict[Policy, tuple[float, ...]] = {}
+
+    def ask(self, count: int) -> list[Policy]:
+        seen = {*self._results, *self._pending}
+        wave = [policy for policy in self._initial if policy not in seen][:count]
+        seen.update(wave)
+        beliefs = _Beliefs(self._knowledge, [r for r in self._results.values() if r.feasible and r.score is not None])
+        while len(wave) < count:
+            place = len(seen)
+            policy = self._proposal(beliefs, seen, place)
+            policy = policy or fresh(self._space, random.Random(f"{self._seed}/{place}"), seen)
+            if policy is None:
+                break
+            seen.add(policy)
+            wave.append(policy)
+        self._pending.update(dict.fromkeys(wave))
+        return wave
+
+    def tell(self, results: Sequence[TrialResult]) -> None:
+        for result in results:
+            self._pending.pop(result.policy, None)
+            self._results[result.policy] = result
+
+    def _proposal(self, beliefs: "_Beliefs", seen: set[Policy], place: int) -> Policy | None:
+        """The best policy for one draw of the weights that was not tried yet; None where local search finds none."""
+        knowledge = self._knowledge
+        generator = np.random.default_rng([self._seed, place])
+        first = not self._results
+        weights = beliefs.mean if first else beliefs.draw(generator)
+        losses = tuple(w * row for w, row in zip(weights, knowledge.problem.losses, strict=True))
+        problem = Problem(losses, knowledge.problem.costs, knowledge.problem.tied)
+        limits = self._limits()
+        starts = [knowledge.choices(policy) for policy in self._elites()]
+        if len(self._results) < SOLVED:
+            solution = _solved(knowledge, problem, limits)
+            if solution is not None:
+                policy = knowledge.policy(solution)
+                if policy not in seen:
+                    return policy
+                starts.append(solution)
+        if not starts:
+            return None
+        start = starts[int(generator.integers(len(starts)))]
+        return _searched(knowledge, problem, limits, start, generator, seen)
+
+    def _limits(self) -> tuple[float, ...]:
+        """The budgets' limits on predicted costs, moved by the median of what predictions got wrong so far."""
+        rows = []
+        for policy, result in self._results.items():
+            if result.status != "failed" and len(result.violations) >= len(self._knowledge.limits):
+                if policy not in self._predicted:
+                    self._predicted[policy] = self._knowledge.costs(policy)
+                pairs = zip(self._predicted[policy], result.violations, self._knowledge.limits, strict=False)
+                rows.append([log((1 + violation) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs])
+        if not rows:
+            return self._knowledge.limits
+        close = [row for row in rows if max(map(abs, row)) < 0.5] or rows
+        return tuple(
+            limit / float(np.exp(off))
+            for limit, off in zip(self._knowledge.limits, np.median(close, axis=0), strict=True)
+        )
+
+    def _elites(self) -> list[Policy]:
+        feasible = [r for r in self._results.values() if r.feasible and r.objective is not None]
+        return [r.policy for r in sorted(feasible, key=lambda r: (r.objective, r.number))[:ELITES]]
+
+
+class _Beliefs:
+    """Weights of the decisions' losses: their mean, and draws from what the results leave open."""
+
+    def __init__(self, knowledge: Knowledge, results: Sequence[TrialResult]) -> None:
+        losses = knowledge.problem.losses
+        count = len(losses)
+        self.mean: Array = np.ones(count, np.float64)
+        self._factor: Array = DOUBT * np.eye(count)
+        scored = [(r, r.score.divergence) for r in results if r.score is not None and r.score.divergence > 0]
+        scored = sorted(scored, key=lambda pair: pair[1])[:LEARNED_FROM]
+        rows = np.array([[losses[d][c] for d, c in enumerate(knowledge.choices(r.policy))] for r, _ in scored]).reshape(
+            -1, count
+        )
+        reached = rows.sum(axis=1) > 0
+        if not reached.any():
+            return
+        rows, divergences = rows[reached], np.array([value for _, value in scored])[reached]
+        scale = float(np.exp(np.median(np.log(divergences / rows.sum(axis=1)))))
+        features = scale * rows / divergences[:, None]  # of weights around 1, for a target of 1
+        precision = features.T @ features / NOISE**2 + np.eye(count) / DOUBT**2
+        covariance = np.linalg.inv(precision)
+        mean: Array = covariance @ (features.sum(axis=0) / NOISE**2 + np.ones(count) / DOUBT**2)
+        self.mean = np.maximum(mean, 0.05)
+        self._factor = np.asarray(np.linalg.cholesky(covariance + 1e-12 * np.eye(count)), np.float64)
+
+    def draw(self, generator: np.random.Generator) -> Array:
+        """Positive ones, less doubtful than the regression alone would have it."""
+        noise = self._factor @ generator.standard_normal(len(self.mean))
+        return np.maximum(self.mean + 0.5 * noise, 0.05 * self.mean)
+
+
+def _solved(knowledge: Knowledge, problem: Problem, limits: Sequence[float]) -> tuple[int, ...] | None:
+    """The exact solution, corrected for what factors leave out; the last one that holds the limits."""
+    moved, best = tuple(limits), None
+    for _ in range(CORRECTIONS):
+        found = solve(problem, moved)
+        if found is None:
+            return best
+        exact, by_factors = knowledge.costs(knowledge.policy(found)), problem.cost(found)
+        if all(cost <= limit for cost, limit in zip(exact, limits, strict=True)):
+            if best is None or problem.loss(found) < problem.loss(best):
+                best = found
+            if all(cost > 0.995 * limit for cost, limit in zip(exact, limits, strict=True)):
+                return best
+        after = tuple(limit - (e - f) for limit, e, f in zip(limits, exact, by_factors, strict=True))
+        if all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(after, moved, strict=True)):
+            return best or found
+        moved = after
+    return best
+
+
+def _searched(
+    knowledge: Knowledge,
+    problem: Problem,
+    limits: Sequence[float],
+    start: Sequence[int],
+    generator: np.random.Generator,
+    seen: set[Policy],
+) -> Policy | None:
+    """Simulated annealing over one or two changed decisions; the best new policy on the way that holds the limits."""
+    state = _State(problem, start)
+    offsets = [e - f for e, f in zip(knowledge.costs(knowledge.policy(start)), state.costs, strict=True)]
+    bounds = [limit - offset for limit, offset in zip(limits, offsets, strict=True)]
+    free = [d for d, row in enumerate(problem.losses) if len(row) > 1 and d not in problem.tied]
+    free += [d for d, row in enumerate(problem.losses) if len(row) > 2 and d in problem.tied]
+    if not free:
+        return None
+    visited: dict[tuple[int, ...], float] = {}
+    temperature = 0.05 * max(problem.loss(start), 1e-9)
+    for step in range(MOVES):
+        before, loss = tuple(state.choices), state.loss
+        was_within = state.over(bounds)
+        for d in generator.choice(free, size=min(len(free), int(generator.integers(1, 3))), replace=False):
+            state.move(int(d), generator)
+        over = state.over(bounds)
+        worse = state.loss - loss
+        cool = temperature * (1 - step / MOVES) + 1e-12
+        accepted = (
+            over < was_within
+            if was_within > 0 or over > 0
+            else worse <= 0 or generator.random() < np.exp(-worse / cool)
+        )
+        if not accepted:
+            state.set(before)
+        elif over <= 0:
+            visited[tuple(state.choices)] = state.loss
+    for choices in sorted(visited, key=visited.__getitem__):
+        policy = knowledge.policy(choices)
+        if policy not in seen:
+            return policy
+    return None
+
+
+class _State:
+    """Choices with their loss and costs, kept up to date by what a change touches."""
+
+    def __init__(self, problem: Problem, choices: Sequence[int]) -> None:
+        self._problem = problem
+        self.choices = list(choices)
+        self.loss = problem.loss(choices)
+        self.costs = list(problem.cost(choices))
+        self._touching: list[list[tuple[int, int]]] = [[] for _ in problem.losses]
+        for budget, factors in enumerate(problem.costs):
+            for position, factor in enumerate(factors):
+                for d in factor.decisions:
+                    self._touching[d].append((budget, position))
+        self._ties: dict[int, list[int]] = {}
+        for inner, outer in problem.tied.items():
+            self._ties.setdefault(outer, []).append(inner)
+
+    def move(self, decision: int, generator: np.random.Generator) -> None:
+        """Take another option, near the one at hand; with a branch goes and comes what is inside it."""
+        options = len(self._problem.losses[decision])
+        if decision in self._problem.tied:
+            options -= 1
+            if self.choices[decision] == options:
+                return  # its branch is dropped
+        if options < 2:
+            return
+        step = int(generator.choice([-2, -1, 1, 2]))
+        changes = {decision: (self.choices[decision] + step) % options}
+        for inner in self._ties.get(decision, ()):
+            last = len(self._problem.losses[inner]) - 1
+            changes[inner] = last if changes[decision] == options - 1 else 0
+        self._apply(changes)
+
+    def set(self, choices: Sequence[int]) -> None:
+        self._apply({d: c for d, c in enumerate(choices) if c != self.choices[d]})
+
+    def over(self, bounds: Sequence[float]) -> float:
+        """Largest fraction over a bound; 0 where all hold."""
+        return max((max(0.0, cost / bound - 1) for cost, bound in zip(self.costs, bounds, strict=True)), default=0.0)
+
+    def _apply(self, changes: dict[int, int]) -> None:
+        touched = dict.fromkeys(entry for d in changes for entry in self._touching[d])
+        self._add(touched, -1.0)
+        for d, choice in changes.items():
+            row = self._problem.losses[d]
+            self.loss += float(row[choice] - row[self.choices[d]])
+            self.choices[d] = choice
+        self._add(touched, 1.0)
+
+    def _add(self, touched: dict[tuple[int, int], None], sign: float) -> None:
+        for budget, position in touched:
+            factor = self._problem.costs[budget][position]
+            self.costs[budget] += sign * float(factor.costs[tuple(self.choices[d] for d in factor.decisions)])
