@@ -33,27 +33,43 @@ __all__ = [
     "warm_start",
 ]
 
-Factory = Callable[[PolicySpace, int, Sequence[Policy]], Controller]
+Factory = Callable[[PolicySpace, int, Sequence[Policy], Knowledge | None], Controller]
 
 
-def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+def _guided(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
+    if knowledge is None:
+        raise ConfigError("the guided controller needs losses and costs to begin with: use evolution")
+    return GuidedController(space, seed, initial, knowledge)
+
+
+def _evolution(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
+    return EvolutionController(space, seed, initial)
+
+
+def _random(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
+    return RandomController(space, seed, initial)
+
+
+def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
     from autocomp.controllers.samplers import TPE, SamplerController
 
     return SamplerController(space, seed, initial, TPE)
 
 
-def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
     from autocomp.controllers.samplers import NSGA2, SamplerController
 
     return SamplerController(space, seed, initial, NSGA2)
 
 
 CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
-    {"evolution": EvolutionController, "random": RandomController, "tpe": _tpe, "nsga2": _nsga2}
+    {"guided": _guided, "evolution": _evolution, "random": _random, "tpe": _tpe, "nsga2": _nsga2}
 )
 
 
-def make_controller(name: str, space: PolicySpace, seed: int, initial: Sequence[Policy] = ()) -> Controller:
+def make_controller(
+    name: str, space: PolicySpace, seed: int, initial: Sequence[Policy] = (), knowledge: Knowledge | None = None
+) -> Controller:
     """A controller by name.
 
     Args:
@@ -61,11 +77,12 @@ def make_controller(name: str, space: PolicySpace, seed: int, initial: Sequence[
         space: what it may propose.
         seed: of all its draws.
         initial: policies proposed before its own, in this order.
+        knowledge: of losses and costs; the guided controller needs it, the others learn by trying.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or no knowledge for the guided one.
         SpaceError: an initial policy lies outside the space.
     """
     if name not in CONTROLLERS:
         raise ConfigError(f"unknown controller {name!r}: use one of {', '.join(CONTROLLERS)}")
-    return CONTROLLERS[name](space, seed, initial)
+    return CONTROLLERS[name](space, seed, initial, knowledge)

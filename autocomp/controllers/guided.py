@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log
+from math import exp, isfinite, log, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,10 +27,14 @@ NOISE = 0.2
 """Relative error that the sum of losses has anyway, as a fraction of the divergence."""
 DOUBT = 1.0
 """Relative standard deviation of each decision's loss before anything was tried."""
+FASTEST = 0.3
+"""Ratio to the uncompressed latency that is taken to be lossy before anything is known."""
 ELITES = 4
 """Best results that local search begins from."""
-MOVES = 1500
+MOVES = 400
 """Changes that local search tries for one proposal."""
+CHECKED = 30
+"""Of what local search found, how many are asked for their exact costs at most."""
 CORRECTIONS = 3
 """Solutions after each of which the limits are moved by what the factors got wrong."""
 
@@ -45,6 +49,7 @@ class Knowledge:
         choices: policy -> one index per decision of the problem.
         policy: the reverse.
         costs: what a policy is expected to cost by budget, interactions between decisions included.
+        speed: the budgets hold already, and the least latency within a bound on the accuracy is looked for.
     """
 
     problem: Problem
@@ -52,6 +57,7 @@ class Knowledge:
     choices: Callable[[Policy], tuple[int, ...]]
     policy: Callable[[Sequence[int]], Policy]
     costs: Callable[[Policy], tuple[float, ...]]
+    speed: bool = False
 
 
 class GuidedController:
@@ -74,14 +80,17 @@ class GuidedController:
         self._initial = checked(space, initial)
         self._knowledge = knowledge
         self._results: dict[Policy, TrialResult] = {}
+        self._told: set[Policy] = set()
         self._pending: dict[Policy, None] = {}
         self._predicted: dict[Policy, tuple[float, ...]] = {}
+        self._choices: dict[Policy, tuple[int, ...]] = {}
 
     def ask(self, count: int) -> list[Policy]:
-        seen = {*self._results, *self._pending}
+        seen = {*self._told, *self._pending}
         wave = [policy for policy in self._initial if policy not in seen][:count]
         seen.update(wave)
-        beliefs = _Beliefs(self._knowledge, [r for r in self._results.values() if r.feasible and r.score is not None])
+        scored = [(self._choices[policy], r.score.divergence) for policy, r in self._results.items() if r.score]
+        beliefs = _Beliefs(self._knowledge.problem.losses, scored)
         while len(wave) < count:
             place = len(seen)
             policy = self._proposal(beliefs, seen, place)
@@ -96,18 +105,21 @@ class GuidedController:
     def tell(self, results: Sequence[TrialResult]) -> None:
         for result in results:
             self._pending.pop(result.policy, None)
-            self._results[result.policy] = result
+            self._told.add(result.policy)
+            usable = result.status != "failed" and all(map(isfinite, result.violations))
+            if usable and self._space.contains(result.policy):
+                self._results[result.policy] = result
+                self._choices[result.policy] = self._knowledge.choices(result.policy)
 
     def _proposal(self, beliefs: "_Beliefs", seen: set[Policy], place: int) -> Policy | None:
         """The best policy for one draw of the weights that was not tried yet; None where local search finds none."""
         knowledge = self._knowledge
         generator = np.random.default_rng([self._seed, place])
-        first = not self._results
-        weights = beliefs.mean if first else beliefs.draw(generator)
+        weights = beliefs.mean if place == 0 else beliefs.draw(generator)
         losses = tuple(w * row for w, row in zip(weights, knowledge.problem.losses, strict=True))
         problem = Problem(losses, knowledge.problem.costs, knowledge.problem.tied)
         limits = self._limits()
-        starts = [knowledge.choices(policy) for policy in self._elites()]
+        starts = [self._choices[policy] for policy in self._elites()]
         if len(self._results) < SOLVED:
             solution = _solved(knowledge, problem, limits)
             if solution is not None:
@@ -122,13 +134,17 @@ class GuidedController:
 
     def _limits(self) -> tuple[float, ...]:
         """The budgets' limits on predicted costs, moved by the median of what predictions got wrong so far."""
+        if self._knowledge.speed:
+            return (self._target(),)
         rows = []
         for policy, result in self._results.items():
-            if result.status != "failed" and len(result.violations) >= len(self._knowledge.limits):
+            if len(result.violations) >= len(self._knowledge.limits):
                 if policy not in self._predicted:
                     self._predicted[policy] = self._knowledge.costs(policy)
                 pairs = zip(self._predicted[policy], result.violations, self._knowledge.limits, strict=False)
-                rows.append([log((1 + violation) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs])
+                rows.append(
+                    [log(max(1 + violation, 1e-6) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs]
+                )
         if not rows:
             return self._knowledge.limits
         close = [row for row in rows if max(map(abs, row)) < 0.5] or rows
@@ -136,6 +152,16 @@ class GuidedController:
             limit / float(np.exp(off))
             for limit, off in zip(self._knowledge.limits, np.median(close, axis=0), strict=True)
         )
+
+    def _target(self) -> float:
+        """A predicted latency ratio between the least that kept the accuracy and the largest below it that did not."""
+        timed = [(policy, r) for policy, r in self._results.items() if r.score is not None and r.ratio is not None]
+        if not timed:
+            return sqrt(FASTEST) * self._knowledge.limits[0]
+        off = float(np.median([r.ratio / self._knowledge.costs(policy)[0] for policy, r in timed if r.ratio]))
+        kept = min((r.ratio for _, r in timed if r.feasible and r.ratio), default=1.0)
+        lost = max((r.ratio for _, r in timed if not r.feasible and r.ratio and r.ratio < kept), default=FASTEST * kept)
+        return sqrt(kept * lost) / off
 
     def _elites(self) -> list[Policy]:
         feasible = [r for r in self._results.values() if r.feasible and r.objective is not None]
@@ -145,16 +171,13 @@ class GuidedController:
 class _Beliefs:
     """Weights of the decisions' losses: their mean, and draws from what the results leave open."""
 
-    def __init__(self, knowledge: Knowledge, results: Sequence[TrialResult]) -> None:
-        losses = knowledge.problem.losses
+    def __init__(self, losses: Sequence[Array], scored: Sequence[tuple[tuple[int, ...], float]]) -> None:
+        """From the choices and the divergence of each result."""
         count = len(losses)
         self.mean: Array = np.ones(count, np.float64)
         self._factor: Array = DOUBT * np.eye(count)
-        scored = [(r, r.score.divergence) for r in results if r.score is not None and r.score.divergence > 0]
-        scored = sorted(scored, key=lambda pair: pair[1])[:LEARNED_FROM]
-        rows = np.array([[losses[d][c] for d, c in enumerate(knowledge.choices(r.policy))] for r, _ in scored]).reshape(
-            -1, count
-        )
+        scored = sorted((pair for pair in scored if pair[1] > 0), key=lambda pair: pair[1])[:LEARNED_FROM]
+        rows = np.array([[losses[d][c] for d, c in enumerate(choices)] for choices, _ in scored]).reshape(-1, count)
         reached = rows.sum(axis=1) > 0
         if not reached.any():
             return
@@ -181,14 +204,14 @@ def _solved(knowledge: Knowledge, problem: Problem, limits: Sequence[float]) -> 
         if found is None:
             return best
         exact, by_factors = knowledge.costs(knowledge.policy(found)), problem.cost(found)
-        if all(cost <= limit for cost, limit in zip(exact, limits, strict=True)):
+        if _within(exact, limits):
             if best is None or problem.loss(found) < problem.loss(best):
                 best = found
             if all(cost > 0.995 * limit for cost, limit in zip(exact, limits, strict=True)):
                 return best
         after = tuple(limit - (e - f) for limit, e, f in zip(limits, exact, by_factors, strict=True))
         if all(abs(a - b) <= 1e-3 * abs(b) for a, b in zip(after, moved, strict=True)):
-            return best or found
+            return best
         moved = after
     return best
 
@@ -209,30 +232,29 @@ def _searched(
     free += [d for d, row in enumerate(problem.losses) if len(row) > 2 and d in problem.tied]
     if not free:
         return None
+    draws = random.Random(int(generator.integers(2**32)))
     visited: dict[tuple[int, ...], float] = {}
     temperature = 0.05 * max(problem.loss(start), 1e-9)
     for step in range(MOVES):
-        before, loss = tuple(state.choices), state.loss
-        was_within = state.over(bounds)
-        for d in generator.choice(free, size=min(len(free), int(generator.integers(1, 3))), replace=False):
-            state.move(int(d), generator)
-        over = state.over(bounds)
-        worse = state.loss - loss
+        before, loss, was_over = tuple(state.choices), state.loss, state.over(bounds)
+        for d in draws.sample(free, min(len(free), draws.randint(1, 2))):
+            state.move(d, draws)
+        over, worse = state.over(bounds), state.loss - loss
         cool = temperature * (1 - step / MOVES) + 1e-12
-        accepted = (
-            over < was_within
-            if was_within > 0 or over > 0
-            else worse <= 0 or generator.random() < np.exp(-worse / cool)
-        )
-        if not accepted:
+        within = was_over <= 0 and over <= 0
+        if not (worse <= 0 or draws.random() < exp(-worse / cool) if within else over < was_over):
             state.set(before)
         elif over <= 0:
             visited[tuple(state.choices)] = state.loss
-    for choices in sorted(visited, key=visited.__getitem__):
+    for choices in sorted(visited, key=visited.__getitem__)[:CHECKED]:
         policy = knowledge.policy(choices)
-        if policy not in seen:
+        if policy not in seen and _within(knowledge.costs(policy), limits):
             return policy
     return None
+
+
+def _within(costs: Sequence[float], limits: Sequence[float]) -> bool:
+    return all(cost <= limit for cost, limit in zip(costs, limits, strict=True))
 
 
 class _State:
@@ -252,7 +274,7 @@ class _State:
         for inner, outer in problem.tied.items():
             self._ties.setdefault(outer, []).append(inner)
 
-    def move(self, decision: int, generator: np.random.Generator) -> None:
+    def move(self, decision: int, draws: random.Random) -> None:
         """Take another option, near the one at hand; with a branch goes and comes what is inside it."""
         options = len(self._problem.losses[decision])
         if decision in self._problem.tied:
@@ -261,7 +283,7 @@ class _State:
                 return  # its branch is dropped
         if options < 2:
             return
-        step = int(generator.choice([-2, -1, 1, 2]))
+        step = draws.choice((-2, -1, 1, 2))
         changes = {decision: (self.choices[decision] + step) % options}
         for inner in self._ties.get(decision, ()):
             last = len(self._problem.losses[inner]) - 1

@@ -1,6 +1,9 @@
 """The options of least summed loss under budgets whose costs depend on several decisions together."""
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -126,16 +129,31 @@ class _Programme:
         columns, values = (np.concatenate([row[part] for row in self._rows]) for part in (0, 1))
         matrix = sparse.csr_matrix((values, (at, columns)), shape=(len(self._rows), self._variables))
         low, high = (np.array([row[part] for row in self._rows]) for part in (2, 3))
-        found = milp(
-            np.append(self._objective, np.zeros(self._variables - self._binary)),
-            constraints=LinearConstraint(matrix, low, high),
-            integrality=np.arange(self._variables) < self._binary,
-            bounds=Bounds(0, 1),
-            options={"time_limit": time_limit_s, "mip_rel_gap": GAP},
-        )
+        with _quiet():
+            found = milp(
+                np.append(self._objective, np.zeros(self._variables - self._binary)),
+                constraints=LinearConstraint(matrix, low, high),
+                integrality=np.arange(self._variables) < self._binary,
+                bounds=Bounds(0, 1),
+                options={"time_limit": time_limit_s, "mip_rel_gap": GAP},
+            )
         if found.x is None:
             return None
         return tuple(int(np.argmax(found.x[self._options(decision)])) for decision in range(len(self._sizes)))
 
     def _options(self, decision: int) -> NDArray[np.int64]:
         return np.arange(self._first[decision], self._first[decision + 1])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS writes some of its messages to standard output whatever it was told, past Python's own."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

@@ -9,17 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.controllers import Factor
-from autocomp.graph import LayerGraph
+from autocomp.graph import Layer, LayerGraph
 from autocomp.hardware import ENTRY, Kernel, kernels_of
 from autocomp.policy import FP32, Policy, Precision
 from autocomp.space import Decision, PolicySpace
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import losses_of
 
-__all__ = ["Terms", "layer_terms", "losses", "terms_of"]
+__all__ = ["Terms", "layer_terms", "losses", "shape_terms", "terms_of"]
 
 PATTERNS = 64
-"""Combinations of precisions and branches told apart for one kernel, at most; further neighbours are taken as int8."""
+"""Combinations of precisions and branches told apart for one kernel, at most; farther layers are taken to be alike."""
 UNMEASURED_PRECISION = 1e-5
 """Nats that an integer layer is taken to lose where its sensitivity was not measured."""
 
@@ -121,6 +121,52 @@ def layer_terms(terms: Terms, value: Callable[[Sequence[Kernel]], Sequence[float
     return tuple(factors)
 
 
+def shape_terms(terms: Terms, value: Callable[[Layer, int, int, Precision], float]) -> tuple[Factor, ...]:
+    """A cost that is a sum over layers of what their weights' shape and precision say: multiply-accumulates, bytes.
+
+    Args:
+        value: of a layer, its weight elements, its output channels, and its precision.
+    """
+    space, graph = terms.space, terms.space.graph
+    whole = graph.parameter_shapes(Policy())
+    factors = []
+    for layer in graph.layers:
+        members = {member.parameter for group in graph.groups for member in group.members}
+        depends = [
+            d
+            for d, decision in enumerate(space.decisions)
+            if (decision.kind == "precision" and decision.name == layer.name)
+            or (
+                decision.kind == "channels"
+                and layer.weight in members
+                and any(m.parameter == layer.weight for m in graph.group_by_name[decision.name].members)
+            )
+        ]
+        outer = next((terms.tied[d] for d in depends if d in terms.tied), None)
+        if outer is None:
+            depends += [
+                d
+                for d, decision in enumerate(space.decisions)
+                if decision.kind == "branch" and layer.name in graph.branch_by_name[decision.name].layers
+            ]
+        shape = tuple(len(terms.options[d]) for d in depends)
+        costs = np.zeros(shape)
+        for choices in product(*map(range, shape)):
+            taken = {d: terms.options[d][choice] for d, choice in zip(depends, choices, strict=True)}
+            if None in taken.values() or True in [t for d, t in taken.items() if space.decisions[d].kind == "branch"]:
+                continue
+            kept = {
+                space.decisions[d].name: t
+                for d, t in taken.items()
+                if space.decisions[d].kind == "channels" and isinstance(t, int)
+            }
+            weight = graph.parameter_shapes(Policy(kept))[layer.weight] if kept else whole[layer.weight]
+            precision = next((t for t in taken.values() if isinstance(t, Precision)), FP32)
+            costs[choices] = value(layer, prod(weight), weight[0], precision)
+        factors.append(Factor(tuple(depends), costs))
+    return tuple(factors)
+
+
 def _layers(graph: LayerGraph, decision: Decision) -> set[str]:
     """Layers that a decision about channels or a precision is about."""
     if decision.kind == "precision":
@@ -170,12 +216,12 @@ def _table(
     decisions = (*others, *widths)
     shape = tuple(len(terms.options[d]) for d in decisions)
     places = np.arange(prod(shape)).reshape(shape)
-    base = list(space.encode(_bases(space)[0]))
     deltas = [[_narrowing(graph, space, site, d, option) for option in terms.options[d]] for d in widths]
     filled: list[int] = []
     kernels: list[Kernel] = []
     for pattern in product(*(range(len(terms.options[d])) for d in others)):
-        indices = list(base)
+        own = next((terms.options[d][c] for d, c in zip(others, pattern, strict=True) if _is_own(space, d, site)), None)
+        indices = list(space.encode(space.nearest({}, own if isinstance(own, Precision) else space.precisions[-1])))
         for d, choice in zip(others, pattern, strict=True):
             if terms.options[d][choice] is None:
                 indices[terms.tied[d]] = 1
@@ -192,6 +238,10 @@ def _table(
             filled.append(int(places[(*pattern, *counts)]))
             kernels.append(_narrower(kernel, read, written))
     return decisions, shape, filled, kernels
+
+
+def _is_own(space: PolicySpace, decision: int, site: str) -> bool:
+    return space.decisions[decision].kind == "precision" and space.decisions[decision].name == site
 
 
 def _narrowing(

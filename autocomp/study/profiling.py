@@ -95,6 +95,7 @@ def survey(
     subject: Subject,
     profile: HardwareProfile,
     seconds: float,
+    most: int,
     step: Callable[[Survey], None],
     seed: int = 0,
     clock: Callable[[], float] = monotonic,
@@ -107,6 +108,7 @@ def survey(
     Args:
         profile: with what is known already; extended.
         seconds: after which no further engine is begun.
+        most: engines.
         step: told after every engine.
         seed: of the candidates.
     """
@@ -116,7 +118,7 @@ def survey(
     generator = _Uniform(random.Random(seed))
     drawn = (Policy(), *space.uniform(), *(space.suggest(generator) for _ in range(CANDIDATES)))
     pool = {policy: tuple(kernels_of(space.graph, policy, batch).values()) for policy in dict.fromkeys(drawn)}
-    while pool and clock() - begun < seconds:
+    while pool and engines < most and clock() - begun < seconds:
         gains, uncertainty = _gains(Predictor(profile, refine=False), pool)
         if uncertainty < SETTLED:
             break

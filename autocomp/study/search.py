@@ -11,14 +11,15 @@ from autocomp.errors import ModelError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
-from autocomp.protocols import Engine
+from autocomp.protocols import Controller, Engine
 from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
+from autocomp.study.guidance import guidance
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
-from autocomp.study.starts import initial_policies
+from autocomp.study.starts import initial_policies, quick_sensitivity
 from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
 from autocomp.study.trial import Limits, Trials
@@ -111,7 +112,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
     executor = make_executor(bench.config.executor, trials)
     study = Study(run, executor, observer)
     try:
-        for plan in _plans(bench, initial_policies(bench, limits, run, WARM_STARTS, observer)):
+        for plan in _plans(bench, _controller(bench, limits, prologue.reference, run, observer)):
             study.explore(plan)
     finally:
         executor.close()
@@ -188,11 +189,25 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     return limits, estimates[0]
 
 
-def _plans(bench: Workbench, initial: Sequence[Policy]) -> list[Plan]:
+def _controller(bench: Workbench, limits: Limits, reference: Engine, run: Run, observer: Observer) -> Controller:
+    """The one that was asked for, with what is known before the first trial; evolution where that is too little."""
+    config = bench.config
+    sensitivity = quick_sensitivity(bench, run, observer)
+    if config.controller != "guided":
+        initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
+        return make_controller(config.controller, bench.space, config.seed, initial)
+    if sensitivity is not None:
+        knowledge = guidance(bench, limits, reference, sensitivity, run.folder, observer)
+        if knowledge is not None:
+            return make_controller("guided", bench.space, config.seed, (), knowledge)
+    initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
+    return make_controller("evolution", bench.space, config.seed, initial)
+
+
+def _plans(bench: Workbench, controller: Controller) -> list[Plan]:
     """The search, then both baselines with as many evaluations."""
     config, space = bench.config, bench.space
     granted = config.resolved_baseline_trials()
-    controller = make_controller(config.controller, space, config.seed, initial)
     plans = [Plan("search", controller, config.trials, config.wave)]
     if granted:
         uniform = _spread(space.uniform(), granted)

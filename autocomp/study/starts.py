@@ -18,7 +18,7 @@ from autocomp.study.sweep import QUICK, obtain
 from autocomp.study.trial import Limits
 from autocomp.study.workbench import Workbench
 
-__all__ = ["TARGETS", "allocated", "initial_policies", "losses_of", "starting_points"]
+__all__ = ["TARGETS", "allocated", "initial_policies", "losses_of", "quick_sensitivity", "starting_points"]
 
 TARGETS = (0.5, 0.7, 0.3, 0.6, 0.8, 0.4, 0.9)
 """Fractions of the MACs, from the middle outwards, so that a short list spans the range."""
@@ -26,15 +26,24 @@ UNION_STATES = 256  # trades between the groups of one branch
 SMALLEST = 1e-9  # nats, and fractions of variance: what counts as nothing
 
 
-def initial_policies(bench: Workbench, limits: Limits, run: Run, count: int, observer: Observer) -> tuple[Policy, ...]:
-    """What a search's controller begins with, ``count`` policies at most; a MACs budget is a target of its own.
+def quick_sensitivity(bench: Workbench, run: Run, observer: Observer) -> Sensitivity | None:
+    """The sensitivity, measured quickly and kept in the run's folder, so that a resumed search begins alike.
 
-    The sensitivity is measured quickly, and kept in the run's folder, so that a resumed search begins alike.
+    Returns:
+        None where it cannot be measured, with a note.
     """
     try:
-        sensitivity = obtain(bench, QUICK, observer, run.folder / "sensitivity.json")
+        return obtain(bench, QUICK, observer, run.folder / "sensitivity.json")
     except CompressError as error:  # of one choice: in a search it would be a failed trial, not the end
         observer(Note(f"the search begins without the sensitivity of single choices: {error}"))
+        return None
+
+
+def initial_policies(
+    bench: Workbench, limits: Limits, sensitivity: Sensitivity | None, count: int
+) -> tuple[Policy, ...]:
+    """What a blind controller begins with, ``count`` policies at most; a MACs budget is a target of its own."""
+    if sensitivity is None:
         return warm_start(bench.space, count)
     asked = [b.limit_for(limits.macs) / limits.macs for b in limits.budgets if b.metric == "macs"]
     return starting_points(bench.space, sensitivity, count, (*asked, *TARGETS))

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+import numpy as np
+
+from autocomp import controllers
 from autocomp.capabilities import Capabilities
+from autocomp.controllers import Factor, Knowledge
 from autocomp.policy import FP32, INT8, Policy
 from autocomp.protocols import Controller
 from autocomp.results import Score, TrialResult
@@ -42,6 +46,34 @@ class Problem:
             costs.append(tuple(scale * (index / max(1, options - 1)) ** 2 for index in range(options)))
             times.append(tuple(share * (1 - 0.7 * index / max(1, options - 1)) for index in range(options)))
         return cls(space, tuple(costs), tuple(times), limit)
+
+    def knowledge(self) -> Knowledge:
+        """All there is to know, for the guided controller."""
+        space = self.space
+        branches = {d.name: at for at, d in enumerate(space.decisions) if d.kind == "branch"}
+        tied = {
+            at: branches[branch.name]
+            for branch in space.graph.branches
+            if branch.name in branches
+            for at, d in enumerate(space.decisions)
+            if d.kind != "branch" and d.name in branch.layers
+        }
+        losses = tuple(np.array([*row, 0.0] if at in tied else row) for at, row in enumerate(self.costs))
+        whole = sum(times[0] for times in self.times)
+        times = tuple(
+            Factor((at,), np.array([*row, 0.0] if at in tied else row) / whole) for at, row in enumerate(self.times)
+        )
+
+        def choices(policy: Policy) -> tuple[int, ...]:
+            taken = space.encode(policy)
+            return tuple(len(losses[d]) - 1 if taken[tied.get(d, d)] and d in tied else c for d, c in enumerate(taken))
+
+        def policy(found: Sequence[int]) -> Policy:
+            return space.decode([c % len(d.options) for d, c in zip(space.decisions, found, strict=True)])
+
+        return Knowledge(
+            controllers.Problem(losses, (times,), tied), (self.limit,), choices, policy, lambda p: (self.judge(p)[1],)
+        )
 
     def judge(self, policy: Policy) -> tuple[float, float]:
         """Divergence and latency ratio."""

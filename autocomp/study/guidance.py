@@ -1,0 +1,149 @@
+"""What guides a search: a profile of the device, measured where there is none, and the terms it gives the solver."""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+
+from autocomp import resources
+from autocomp.budget import Budget
+from autocomp.controllers import Factor, Knowledge, Problem
+from autocomp.engines import device_lock
+from autocomp.errors import AutocompError, ConfigError, RunError
+from autocomp.graph import Layer
+from autocomp.hardware import HardwareProfile, Kernel, Predictor, kernels_of
+from autocomp.outcome import Note, Observer, Phase, Step
+from autocomp.policy import Policy, Precision
+from autocomp.protocols import Engine
+from autocomp.study.knowledge import Terms, layer_terms, losses, shape_terms, terms_of
+from autocomp.study.profiling import PROTOCOL, Subject, quiet_ms, survey
+from autocomp.study.sensitivity import Sensitivity, stored_bytes
+from autocomp.study.trial import Limits
+from autocomp.study.workbench import EditEmitter, Workbench
+
+__all__ = ["SURVEY_ENGINES", "SURVEY_S", "guidance", "known_profile", "obtain_profile", "subject_of"]
+
+SURVEY_S = 40.0
+"""Spent at most on kernels that no profile holds, before a search's first trial."""
+SURVEY_ENGINES = 40
+"""Engines measured in that time, at most."""
+
+
+def subject_of(bench: Workbench, reference: Engine) -> Subject | None:
+    """The workbench's model, to be measured; None where its file cannot be followed operator by operator."""
+    if not isinstance(bench.emitter, EditEmitter):
+        return None
+    emitter = bench.emitter
+    with device_lock(bench.backend.device):
+        usual_ms = quiet_ms(reference)
+    values = emitter.template.values
+    return Subject(bench.config.model, bench.space, bench.backend, emitter.skeleton, values, reference, usual_ms)
+
+
+def known_profile(bench: Workbench, observer: Observer) -> HardwareProfile | None:
+    """The profile of this device, where there is one that still fits."""
+    device = bench.backend.device
+    try:
+        profile = HardwareProfile.load(resources.find("hardware_profiles", device.name))
+    except ConfigError:
+        return None
+    differences = profile.differences(device)
+    if not profile.measured or not differences:
+        return profile if profile.measured else None
+    observer(Note(f"the profile {device.name} is stale ({'; '.join(differences)}): kernels are measured anew"))
+    return None
+
+
+def obtain_profile(
+    bench: Workbench, reference: Engine, folder: Path, observer: Observer
+) -> tuple[Subject, HardwareProfile] | None:
+    """A profile that covers the space as well as `SURVEY_S` seconds allow, kept in the run's folder and for later.
+
+    Returns:
+        None where the model's kernels cannot be told apart.
+    """
+    subject = subject_of(bench, reference)
+    if subject is None:
+        observer(Note("this model's kernels cannot be told apart, so its search is not guided by a profile"))
+        return None
+    device = bench.backend.device
+    kept = folder / "profile"
+    if (kept / device.name / "profile.toml").is_file():
+        return subject, HardwareProfile.load(kept / device.name)
+    profile = known_profile(bench, observer) or HardwareProfile.of(device, date.today(), str(PROTOCOL))
+    observer(Phase("profile", SURVEY_ENGINES))
+    seconds = SURVEY_S if bench.backend.measures else float("inf")
+    profile = survey(subject, profile, seconds, SURVEY_ENGINES, lambda _: observer(Step()), bench.config.seed)
+    profile.save(kept)
+    if bench.backend.measures:
+        with suppress(OSError, RunError):  # a search goes on where it cannot be kept for the next one
+            profile.save(resources.writable("hardware_profiles"))
+    return subject, profile
+
+
+def guidance(
+    bench: Workbench, limits: Limits, reference: Engine, sensitivity: Sensitivity, folder: Path, observer: Observer
+) -> Knowledge | None:
+    """What the guided controller begins with; None, with a note, where there is nothing to predict latency from."""
+    try:
+        found = obtain_profile(bench, reference, folder, observer)
+        if found is None:
+            return None
+        predictor = Predictor(found[1])
+        return knowledge_of(bench, limits, sensitivity, predictor)
+    except RunError:
+        raise
+    except AutocompError as error:
+        observer(Note(f"the search is not guided by a profile: {error}"))
+        return None
+
+
+def knowledge_of(bench: Workbench, limits: Limits, sensitivity: Sensitivity, predictor: Predictor) -> Knowledge:
+    """Losses and costs of a search's decisions.
+
+    A latency is in units of the uncompressed engine's predicted one, so that what both have in common cancels.
+
+    Raises:
+        InputError: the profile holds too little.
+    """
+    terms = terms_of(bench.space)
+    graph, batch = bench.traced.graph, bench.spec.batch
+    whole = predictor.engine(kernels_of(graph, Policy(), batch).values()).ms
+    speed = limits.goal == "speed"
+    budgets = (Budget("latency", 1.0, True, "p50"),) if speed else limits.budgets
+    meters = [_meter(budget, bench, limits, predictor, terms, whole) for budget in budgets]
+    problem = Problem(losses(terms, sensitivity), tuple(factors for factors, _, _ in meters), terms.tied)
+
+    def costs(policy: Policy) -> tuple[float, ...]:
+        return tuple(cost(policy) for _, _, cost in meters)
+
+    return Knowledge(problem, tuple(limit for _, limit, _ in meters), terms.choices, terms.policy, costs, speed)
+
+
+def _meter(
+    budget: Budget, bench: Workbench, limits: Limits, predictor: Predictor, terms: Terms, whole_ms: float
+) -> tuple[tuple[Factor, ...], float, Callable[[Policy], float]]:
+    """Factors of what a budget limits, the limit on their sum, and the cost of a policy as it really is."""
+    graph, batch = bench.traced.graph, bench.spec.batch
+    if budget.metric == "macs":
+        factors = shape_terms(terms, lambda layer, weights, out, precision: float(weights * layer.positions))
+        return factors, budget.limit_for(limits.macs), lambda policy: float(graph.macs(policy))
+    if budget.metric == "size":
+        own = float(stored_bytes(graph, Policy()))  # scales and shapes of the file come on top, in proportion
+        rate = limits.size_bytes / own
+
+        def size(layer: Layer, weights: int, out: int, precision: Precision) -> float:
+            return rate * (weights * precision.weight_bits / 8 + 4 * out)
+
+        return shape_terms(terms, size), budget.limit_for(limits.size_bytes), lambda p: rate * stored_bytes(graph, p)
+    reference_ms = limits.latency_ms[budget.statistic or "p50"]
+    limit = budget.limit_for(reference_ms) / reference_ms
+
+    def relative(kernels: Sequence[Kernel]) -> list[float]:
+        return [(entry.ms + predictor.overhead_kernel_ms) / whole_ms for entry in predictor.kernels(kernels)]
+
+    def cost(policy: Policy) -> float:
+        return predictor.engine(kernels_of(graph, policy, batch).values()).ms / whole_ms - constant
+
+    constant = predictor.overhead_ms / whole_ms
+    return layer_terms(terms, relative, batch), limit - constant, cost
