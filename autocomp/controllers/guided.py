@@ -27,6 +27,10 @@ NOISE = 0.2
 """Relative error that the sum of losses has anyway, as a fraction of the divergence."""
 DOUBT = 1.0
 """Relative standard deviation of each decision's loss before anything was tried."""
+RECENT = 12
+"""Last results whose predictions are looked at, for devices change their speed."""
+CAUTION = 0.6
+"""Quantile of their errors that the limits are moved by."""
 FASTEST = 0.3
 """Ratio to the uncompressed latency that is taken to be lossy before anything is known."""
 ELITES = 4
@@ -133,7 +137,10 @@ class GuidedController:
         return _searched(knowledge, problem, limits, start, generator, seen)
 
     def _limits(self) -> tuple[float, ...]:
-        """The budgets' limits on predicted costs, moved by the median of what predictions got wrong so far."""
+        """The budgets' limits on predicted costs, moved by what predictions got wrong of late.
+
+        Somewhat more than the median is taken off: a proposal over the budget teaches little.
+        """
         if self._knowledge.speed:
             return (self._target(),)
         rows = []
@@ -147,11 +154,8 @@ class GuidedController:
                 )
         if not rows:
             return self._knowledge.limits
-        close = [row for row in rows if max(map(abs, row)) < 0.5] or rows
-        return tuple(
-            limit / float(np.exp(off))
-            for limit, off in zip(self._knowledge.limits, np.median(close, axis=0), strict=True)
-        )
+        off = np.exp(np.quantile(rows[-RECENT:], CAUTION, axis=0))
+        return tuple(limit / float(wrong) for limit, wrong in zip(self._knowledge.limits, off, strict=True))
 
     def _target(self) -> float:
         """A predicted latency ratio between the least that kept the accuracy and the largest below it that did not."""
