@@ -25,12 +25,17 @@ LEARNED_FROM = 400
 """Results that the losses are fitted to: the best ones, beyond that number."""
 NOISE = 0.2
 """Relative error that the sum of losses has anyway, as a fraction of the divergence."""
+EXPLORE = 0.25
+"""Of the standard deviation that the results leave open, how much a draw may be off."""
 DOUBT = 1.0
 """Relative standard deviation of each decision's loss before anything was tried."""
 RECENT = 12
 """Last results whose predictions are looked at, for devices change their speed."""
 CAUTION = 0.6
 """Quantile of their errors that the limits are moved by."""
+MARGINS = (1.0, 1.0, 1.0, 0.93)
+"""Parts of the limits that proposals are solved for in turn: some with room, should the device be slower when the
+finalists are verified."""
 FASTEST = 0.3
 """Ratio to the uncompressed latency that is taken to be lossy before anything is known."""
 ELITES = 4
@@ -122,7 +127,8 @@ class GuidedController:
         weights = beliefs.mean if place == 0 else beliefs.draw(generator)
         losses = tuple(w * row for w, row in zip(weights, knowledge.problem.losses, strict=True))
         problem = Problem(losses, knowledge.problem.costs, knowledge.problem.tied)
-        limits = self._limits()
+        room = MARGINS[place % len(MARGINS)]
+        limits = tuple(room * limit for limit in self._limits())
         starts = [self._choices[policy] for policy in self._elites()]
         if len(self._results) < SOLVED:
             solution = _solved(knowledge, problem, limits)
@@ -197,7 +203,7 @@ class _Beliefs:
     def draw(self, generator: np.random.Generator) -> Array:
         """Positive ones, less doubtful than the regression alone would have it."""
         noise = self._factor @ generator.standard_normal(len(self.mean))
-        return np.maximum(self.mean + 0.5 * noise, 0.05 * self.mean)
+        return np.maximum(self.mean + EXPLORE * noise, 0.05 * self.mean)
 
 
 def _solved(knowledge: Knowledge, problem: Problem, limits: Sequence[float]) -> tuple[int, ...] | None:
