@@ -42,6 +42,12 @@ def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller
     return SamplerController(space, seed, initial, TPE)
 
 
+def _gp(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.samplers import GP, SamplerController
+
+    return SamplerController(space, seed, initial, GP)
+
+
 def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     from autocomp.controllers.samplers import NSGA2, SamplerController
 
@@ -49,7 +55,7 @@ def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controll
 
 
 CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
-    {"evolution": EvolutionController, "random": RandomController, "tpe": _tpe, "nsga2": _nsga2}
+    {"evolution": EvolutionController, "random": RandomController, "tpe": _tpe, "nsga2": _nsga2, "gp": _gp}
 )
 
 
