@@ -1,4 +1,5 @@
-"""Controllers: they choose which policies a study tries next. Optuna is imported when one of its samplers is asked for.
+"""Controllers: they choose which policies a study tries next. Optuna, cmaes and torch are
+imported when a controller that needs them is asked for.
 
 Whatever the controller, the same results told in the same order (in whatever portions) lead to the same wave, so a
 study is resumed by telling its history again. No policy is proposed twice, nor one that was told already; a wave
@@ -48,6 +49,12 @@ def _gp(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     return SamplerController(space, seed, initial, GP)
 
 
+def _cmaes(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.cmaes import CmaesController
+
+    return CmaesController(space, seed, initial)
+
+
 def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     from autocomp.controllers.samplers import NSGA2, SamplerController
 
@@ -55,7 +62,14 @@ def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controll
 
 
 CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
-    {"evolution": EvolutionController, "random": RandomController, "tpe": _tpe, "nsga2": _nsga2, "gp": _gp}
+    {
+        "evolution": EvolutionController,
+        "random": RandomController,
+        "tpe": _tpe,
+        "nsga2": _nsga2,
+        "gp": _gp,
+        "cmaes": _cmaes,
+    }
 )
 
 

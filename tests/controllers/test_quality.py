@@ -8,7 +8,9 @@ from autocomp.controllers import make_controller, warm_start
 from tests.controllers.problem import Problem, best, policy_space
 
 
-@pytest.mark.parametrize(("name", "share"), [("evolution", 0.8), ("tpe", 0.8), ("gp", 0.8), ("nsga2", 1.0)])
+@pytest.mark.parametrize(
+    ("name", "share"), [("evolution", 0.8), ("tpe", 0.8), ("gp", 0.8), ("cmaes", 0.9), ("nsga2", 1.0)]
+)
 def test_better_than_uniform_draws(name: str, share: float) -> None:
     space = policy_space(blocks=4, drop_branches=False)
     found: dict[str, list[float]] = {name: [], "random": []}
