@@ -55,6 +55,12 @@ def _cmaes(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controll
     return CmaesController(space, seed, initial)
 
 
+def _ddpg(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.ddpg import DdpgController
+
+    return DdpgController(space, seed, initial)
+
+
 def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     from autocomp.controllers.samplers import NSGA2, SamplerController
 
@@ -69,6 +75,7 @@ CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
         "nsga2": _nsga2,
         "gp": _gp,
         "cmaes": _cmaes,
+        "ddpg": _ddpg,
     }
 )
 
