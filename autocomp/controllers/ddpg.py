@@ -26,7 +26,7 @@ WARM_UP = 20
 NOISE, DECAY = 0.5, 0.97
 """Standard deviation of the exploration noise when the actor begins, and what each result leaves of it."""
 ROLLOUTS = 8
-"""Walks of the actor, with noises of their own, from which the first new policy is taken."""
+"""Walks of the actor, each noisier than the one before, from which the first new policy is taken."""
 EPISODES = 128
 """Results kept in the replay buffer, the most recent ones."""
 WIDTH = 64
@@ -107,7 +107,7 @@ class DdpgController:
         """The first new policy of a few noisy walks; None before the actor has learned, or where all are known."""
         if self._told < WARM_UP or not self._walk.steps:
             return None
-        sigma = max(NOISE * DECAY ** (self._told - WARM_UP), 0.02)
+        sigma = max(NOISE * DECAY ** (self._told - WARM_UP), 0.05) * 1.5 ** np.arange(ROLLOUTS, dtype=np.float32)
         actor = [array.detach().numpy() for array in self._agent.actor]
         draws = generator.random((self._walk.steps, ROLLOUTS))
         for indices in self._walk.rollouts(lambda step, states: _noisy(_acted(actor, states), sigma, draws[step])):
@@ -241,7 +241,7 @@ def _acted(actor: Sequence[Array], states: Array) -> Array:
     return output
 
 
-def _noisy(actions: Array, sigma: float, draws: NDArray[np.float64]) -> Array:
+def _noisy(actions: Array, sigma: Array, draws: NDArray[np.float64]) -> Array:
     """Draws from normal distributions around the actions, truncated to [0, 1] (AMC, section 3.3)."""
     low, high = ndtr(-actions / sigma), ndtr((1 - actions) / sigma)
     noisy: Array = np.clip(actions + sigma * ndtri(low + draws * (high - low)), 0, 1)
