@@ -45,7 +45,7 @@ class SearchConfig:
         threads: of the engine.
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
-        controller: ``guided``, ``evolution``, ``tpe``, ``nsga2`` or ``random``.
+        controller: ``guided``, ``evolution``, ``tpe``, ``nsga2``, ``gp``, ``cmaes``, ``ddpg`` or ``random``.
         trials: policies to evaluate.
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
         seed: of every draw.

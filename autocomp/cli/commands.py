@@ -78,7 +78,9 @@ def search(
     threads: Threads = None,
     batch: Batch = None,
     space: Space = None,
-    controller: Annotated[Text, typer.Option(help="guided, evolution, tpe, nsga2 or random [guided]")] = None,
+    controller: Annotated[
+        Text, typer.Option(help="guided, evolution, tpe, nsga2, gp, cmaes, ddpg or random [guided]")
+    ] = None,
     trials: Annotated[Whole, typer.Option(help="policies to evaluate [48]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,

@@ -1,4 +1,5 @@
-"""Controllers: they choose which policies a study tries next. Optuna is imported when one of its samplers is asked for.
+"""Controllers: they choose which policies a study tries next. Optuna, cmaes and torch are
+imported when a controller that needs them is asked for.
 
 Whatever the controller, the same results told in the same order (in whatever portions) lead to the same wave, so a
 study is resumed by telling its history again. No policy is proposed twice, nor one that was told already; a wave
@@ -20,6 +21,7 @@ from autocomp.protocols import Controller
 from autocomp.space import PolicySpace
 
 __all__ = [
+    "BLIND",
     "CONTROLLERS",
     "Allocation",
     "Factor",
@@ -33,38 +35,51 @@ __all__ = [
     "warm_start",
 ]
 
-Factory = Callable[[PolicySpace, int, Sequence[Policy], Knowledge | None], Controller]
 
-
-def _guided(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
-    if knowledge is None:
-        raise ConfigError("the guided controller needs losses and costs to begin with: use evolution")
-    return GuidedController(space, seed, initial, knowledge)
-
-
-def _evolution(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
-    return EvolutionController(space, seed, initial)
-
-
-def _random(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
-    return RandomController(space, seed, initial)
-
-
-def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
+def _tpe(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     from autocomp.controllers.samplers import TPE, SamplerController
 
     return SamplerController(space, seed, initial, TPE)
 
 
-def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy], knowledge: Knowledge | None) -> Controller:
+def _nsga2(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
     from autocomp.controllers.samplers import NSGA2, SamplerController
 
     return SamplerController(space, seed, initial, NSGA2)
 
 
-CONTROLLERS: Mapping[str, Factory] = MappingProxyType(
-    {"guided": _guided, "evolution": _evolution, "random": _random, "tpe": _tpe, "nsga2": _nsga2}
+def _gp(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.samplers import GP, SamplerController
+
+    return SamplerController(space, seed, initial, GP)
+
+
+def _cmaes(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.cmaes import CmaesController
+
+    return CmaesController(space, seed, initial)
+
+
+def _ddpg(space: PolicySpace, seed: int, initial: Sequence[Policy]) -> Controller:
+    from autocomp.controllers.ddpg import DdpgController
+
+    return DdpgController(space, seed, initial)
+
+
+BLIND: Mapping[str, Callable[[PolicySpace, int, Sequence[Policy]], Controller]] = MappingProxyType(
+    {
+        "evolution": EvolutionController,
+        "random": RandomController,
+        "tpe": _tpe,
+        "nsga2": _nsga2,
+        "gp": _gp,
+        "cmaes": _cmaes,
+        "ddpg": _ddpg,
+    }
 )
+"""Controllers that know nothing but what they are told of their own proposals."""
+CONTROLLERS = ("guided", *BLIND)
+"""Names of all controllers."""
 
 
 def make_controller(
@@ -73,7 +88,7 @@ def make_controller(
     """A controller by name.
 
     Args:
-        name: a key of `CONTROLLERS`.
+        name: one of `CONTROLLERS`.
         space: what it may propose.
         seed: of all its draws.
         initial: policies proposed before its own, in this order.
@@ -85,4 +100,8 @@ def make_controller(
     """
     if name not in CONTROLLERS:
         raise ConfigError(f"unknown controller {name!r}: use one of {', '.join(CONTROLLERS)}")
-    return CONTROLLERS[name](space, seed, initial, knowledge)
+    if name != "guided":
+        return BLIND[name](space, seed, initial)
+    if knowledge is None:
+        raise ConfigError("the guided controller needs losses and costs to begin with: use evolution")
+    return GuidedController(space, seed, initial, knowledge)

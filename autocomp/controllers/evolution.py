@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from math import isfinite
 
 from autocomp.controllers.initial import checked
 from autocomp.controllers.random import fresh
@@ -9,7 +10,7 @@ from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.space import PolicySpace
 
-__all__ = ["EvolutionController"]
+__all__ = ["EvolutionController", "rank"]
 
 PARENTS = 3
 """Best results that have offspring."""
@@ -47,7 +48,7 @@ class EvolutionController:
         wave = [policy for policy in self._initial if policy not in seen][:count]
         seen.update(wave)
         generator = random.Random(f"{self._seed}/{len(seen)}")
-        parents = sorted(self._results.values(), key=_rank)[:PARENTS]
+        parents = sorted(self._results.values(), key=rank)[:PARENTS]
         while len(wave) < count:
             stranger = generator.random() < STRANGERS
             policy = None if stranger else self._offspring(parents, generator, seen)
@@ -61,7 +62,7 @@ class EvolutionController:
 
     def tell(self, results: Sequence[TrialResult]) -> None:
         self._results.update({result.policy: result for result in results})
-        self._pending.difference_update(self._results)
+        self._pending.difference_update(result.policy for result in results)
 
     def _offspring(self, parents: Sequence[TrialResult], generator: random.Random, seen: set[Policy]) -> Policy | None:
         """A new policy from one or two parents; None where there are none or they have nothing new."""
@@ -103,9 +104,9 @@ class EvolutionController:
         return len(self._space.decisions[place].options)
 
 
-def _rank(result: TrialResult) -> tuple[int, float, int]:
-    """Constraint domination as a sort key; failed results come last, equal ones in the order they were made."""
-    if result.status == "failed":
+def rank(result: TrialResult) -> tuple[int, float, int]:
+    """Constraint domination as a sort key; useless results come last, equal ones as they were made."""
+    if result.status == "failed" or not all(map(isfinite, result.violations)):
         return 2, 0.0, result.number
     if result.feasible and result.objective is not None:
         return 0, result.objective, result.number

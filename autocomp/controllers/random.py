@@ -9,11 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from autocomp.controllers.initial import checked
-from autocomp.policy import Policy
+from autocomp.policy import Policy, digest_of
 from autocomp.results import TrialResult
 from autocomp.space import Decision, PolicySpace
 
-__all__ = ["RandomController", "fresh"]
+__all__ = ["RandomController", "derived", "fresh"]
 
 # Draws in a row that bring nothing new before a space counts as exhausted: the last policy of a hundred is then
 # missed once in 20,000 times.
@@ -67,3 +67,8 @@ def fresh(space: PolicySpace, generator: random.Random, seen: Collection[Policy]
         if policy not in seen:
             return policy
     return None
+
+
+def derived(*parts: int) -> int:
+    """A seed of 32 bits that depends on all parts."""
+    return int(digest_of(parts)[:8], 16)

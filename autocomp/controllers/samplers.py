@@ -2,27 +2,31 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
-import optuna
 from optuna.distributions import BaseDistribution, IntDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.trial import Trial, TrialState
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from autocomp.controllers.gaussian import Climber
 from autocomp.controllers.initial import checked
-from autocomp.controllers.random import fresh
-from autocomp.policy import Policy, digest_of
+from autocomp.controllers.memory import Elites, Generations, Memory, Observation, Successors, new_study
+from autocomp.controllers.random import derived, fresh
+from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.space import Decision, PolicySpace
 
-__all__ = ["NSGA2", "TPE", "Method", "SamplerController"]
+__all__ = ["GP", "NSGA2", "TPE", "Method", "SamplerController"]
 
-# Proposals of a sampler that were tried before until a uniform draw takes their place.
 ATTEMPTS = 10
-# A generation of NSGA-II: small, because a search has tens to hundreds of trials, not thousands.
+"""Proposals of a sampler that were tried before until a uniform draw takes their place."""
 POPULATION = 20
+"""A generation of NSGA-II: small, because a search has tens to hundreds of trials, not thousands."""
+LEAST = 1e-6
+"""Below it the Gaussian process sees no difference between objectives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +34,24 @@ class Method:
     """What tells one sampler from another.
 
     Attributes:
-        objectives: numbers to minimise.
-        proposing: makes the sampler of one wave, from a seed.
-        recording: makes the sampler that sees every told trial come in.
-        values: the objectives of a scored result; None where one is missing.
+        sampler: makes the sampler of one wave, from a seed.
+        memory: makes what is kept of the results told, for that sampler to look at.
+        values: the numbers to minimise of a scored result; None where one is missing.
+        objectives: how many numbers.
     """
 
-    objectives: int
-    proposing: Callable[[int], BaseSampler]
-    recording: Callable[[int], BaseSampler]
+    sampler: Callable[[int], BaseSampler]
+    memory: Callable[[], Memory]
     values: Callable[[TrialResult], tuple[float, ...] | None]
+    objectives: int = 1
 
 
 class SamplerController:
     """Proposes the initial policies, then what an Optuna sampler makes of the results told so far.
 
-    Each wave has a sampler of its own, seeded by the search's seed and the number of results told, and all results
-    enter Optuna's study in the order told, whoever asked for them: history and seed alone decide the next wave.
+    Each wave has a sampler and a study of its own. The sampler is seeded by the search's seed and the number of
+    results told, the study holds what the method's memory kept of them: history and seed alone decide the next wave,
+    and its cost does not grow with the history.
     """
 
     def __init__(self, space: PolicySpace, seed: int, initial: Sequence[Policy], method: Method) -> None:
@@ -54,85 +59,88 @@ class SamplerController:
         self._seed = seed
         self._initial = checked(space, initial)
         self._method = method
+        self._memory = method.memory()
         self._distributions: dict[str, BaseDistribution] = {_key(d): _distribution(d) for d in space.decisions}
-        with _quiet():
-            self._study = optuna.create_study(directions=["minimize"] * method.objectives)
-        self._recording = method.recording(_derived(seed))
         self._seen: set[Policy] = set()
-        self._pending: dict[Policy, Trial] = {}
+        self._pending: dict[Policy, None] = {}
         self._told = 0
 
     def ask(self, count: int) -> list[Policy]:
         wave = [policy for policy in self._initial if policy not in self._seen][:count]
         self._seen.update(wave)
-        if len(wave) == count:
-            return wave
-        place = (self._told, len(self._seen))
-        self._study.sampler = self._method.proposing(_derived(self._seed, *place))
-        generator = random.Random(_derived(self._seed, *place, 1))
-        while len(wave) < count:
-            policy = self._propose() or fresh(self._space, generator, self._seen)
-            if policy is None:
-                break
-            self._seen.add(policy)
-            wave.append(policy)
+        if len(wave) < count:
+            place = (self._told, len(self._seen))
+            study = self._study(derived(self._seed, *place))
+            generator = random.Random(derived(self._seed, *place, 1))
+            while len(wave) < count:
+                policy = self._propose(study) or fresh(self._space, generator, self._seen)
+                if policy is None:
+                    break
+                self._seen.add(policy)
+                wave.append(policy)
+        self._pending.update(dict.fromkeys(wave))
         return wave
 
     def tell(self, results: Sequence[TrialResult]) -> None:
         for result in results:
             self._told += 1
             self._seen.add(result.policy)
-            if result.policy in self._pending:
-                # The result enters the study below as a trial of its own, in the order told.
-                self._study.tell(self._pending.pop(result.policy), state=TrialState.FAIL)
-            values = self._values(result)
-            if values is not None and self._space.contains(result.policy):
-                self._record(result, values)
+            self._pending.pop(result.policy, None)
+            if _teaches(result) and self._space.contains(result.policy):
+                values = self._method.values(result) if result.status == "ok" else None
+                if result.status == "infeasible" or (values is not None and all(map(math.isfinite, values))):
+                    indices = self._space.encode(result.policy)
+                    self._memory.add(Observation(indices, values, result.violations))
 
-    def _propose(self) -> Policy | None:
-        """A new policy from the sampler. Its trial keeps running in the study until the result is told, so that
-        the next proposals stay away from it; so do, for the moment, the old policies proposed on the way."""
+    def _study(self, seed: int) -> Study:
+        """What the memory kept, as finished trials, and what was asked and not told yet, as running ones."""
+        study = new_study(self._method.objectives, self._method.sampler(seed))
+        kept = self._memory.kept()
+        scored = [observation.values for observation in kept if observation.values is not None]
+        unknown = tuple(map(median, zip(*scored, strict=True))) or (0.0,) * self._method.objectives
+        study.add_trials(self._trial(observation.indices, observation, unknown) for observation in kept)
+        study.add_trials(self._trial(self._space.encode(policy)) for policy in self._pending)
+        return study
+
+    def _trial(
+        self, indices: Sequence[int], observation: Observation | None = None, unknown: tuple[float, ...] = ()
+    ) -> FrozenTrial:
+        """A finished trial, or a running one where nothing was observed.
+
+        TPE and NSGA-II rank infeasible trials by their violations alone; only the Gaussian process looks at the value
+        of one, and a middling value of the others neither draws it there nor away.
+        """
+        params = dict(zip(self._distributions, indices, strict=True))
+        if observation is None:
+            return create_trial(state=TrialState.RUNNING, params=params, distributions=self._distributions)
+        return create_trial(
+            values=observation.values or unknown,
+            params=params,
+            distributions=self._distributions,
+            constraints={str(position): violation for position, violation in enumerate(observation.violations)},
+        )
+
+    def _propose(self, study: Study) -> Policy | None:
+        """A new policy from the sampler. Its trial keeps running in the study, so that the next proposals of the wave
+        stay away from it; so do, for the moment, the old policies proposed on the way."""
         repeated: list[Trial] = []
         proposal: Policy | None = None
         while proposal is None and len(repeated) < ATTEMPTS:
-            trial = self._study.ask()
-            policy = self._space.suggest(_TrialSource(trial))
+            trial = study.ask(self._distributions)
+            policy = self._space.decode([trial.params[name] for name in self._distributions])
             if policy in self._seen:
                 repeated.append(trial)
             else:
-                self._pending[policy] = trial
                 proposal = policy
         for trial in repeated:
-            self._study.tell(trial, state=TrialState.FAIL)
+            study.tell(trial, state=TrialState.FAIL)
         return proposal
 
-    def _values(self, result: TrialResult) -> tuple[float, ...] | None:
-        """The objectives told to Optuna; None for a result that teaches nothing."""
-        if result.status == "failed" or not all(map(math.isfinite, result.violations)):
-            return None
-        if result.status == "infeasible":
-            # Optuna ranks infeasible trials by their violations alone, so any values will do here.
-            over_budget = any(violation > 0 for violation in result.violations)
-            return (0.0,) * self._method.objectives if over_budget else None
-        values = self._method.values(result)
-        return values if values is not None and all(map(math.isfinite, values)) else None
 
-    def _record(self, result: TrialResult, values: tuple[float, ...]) -> None:
-        indices = self._space.encode(result.policy)
-        self._study.sampler = self._recording
-        self._study.enqueue_trial(dict(zip(self._distributions, indices, strict=True)))
-        trial = self._study.ask(self._distributions)
-        for position, violation in enumerate(result.violations):
-            trial.set_constraint(str(position), violation)
-        self._study.tell(trial, values)
-
-
-@dataclass(frozen=True, slots=True)
-class _TrialSource:
-    trial: Trial
-
-    def choose(self, decision: Decision) -> int:
-        return self.trial.suggest_int(_key(decision), 0, len(decision.options) - 1)
+def _teaches(result: TrialResult) -> bool:
+    if result.status == "failed" or not all(map(math.isfinite, result.violations)):
+        return False
+    return result.status == "ok" or any(violation > 0 for violation in result.violations)
 
 
 def _key(decision: Decision) -> str:
@@ -149,6 +157,11 @@ def _objective(result: TrialResult) -> tuple[float, ...] | None:
     return None if result.objective is None else (result.objective,)
 
 
+def _log_objective(result: TrialResult) -> tuple[float, ...] | None:
+    """Divergences of one space span orders of magnitude, which a stationary kernel cannot follow."""
+    return None if result.objective is None else (math.log(max(result.objective, LEAST)),)
+
+
 def _divergence_and_latency(result: TrialResult) -> tuple[float, ...] | None:
     if result.score is None or result.ratio is None:
         return None
@@ -160,31 +173,15 @@ def _tpe(seed: int) -> BaseSampler:
     return TPESampler(seed=seed, multivariate=True, constant_liar=True)
 
 
-def _nsga2(seed: int) -> BaseSampler:
-    return NSGAIISampler(seed=seed, population_size=POPULATION)
+def _gp(seed: int) -> BaseSampler:
+    return Climber(seed=seed, warn_independent_sampling=False)
 
 
-def _random(seed: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
-
-
-# TPE looks at finished trials only when it proposes, so a sampler without work records them for it.
-TPE = Method(1, _tpe, _random, _objective)
-# NSGA-II numbers the generation of every trial that comes in.
-NSGA2 = Method(2, _nsga2, _nsga2, _divergence_and_latency)
-
-
-def _derived(*parts: int) -> int:
-    """A seed of 32 bits that depends on all parts."""
-    return int(digest_of(parts)[:8], 16)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Optuna announces every study on standard error; its level is put back afterwards."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(level)
+TPE = Method(_tpe, lambda: Elites(best=100, recent=100), _objective)
+GP = Method(_gp, lambda: Elites(best=50, recent=50), _log_objective)
+NSGA2 = Method(
+    lambda seed: Successors(seed=seed, population_size=POPULATION),
+    lambda: Generations(POPULATION, objectives=2),
+    _divergence_and_latency,
+    objectives=2,
+)
