@@ -70,7 +70,7 @@ class SearchConfig:
     threads: int = 1
     batch: int | None = None
     space: str = "default"
-    controller: str = "guided"
+    controller: str = "evolution"
     trials: int = 32
     baseline_trials: int | None = None
     seed: int = 0

@@ -79,7 +79,7 @@ def search(
     batch: Batch = None,
     space: Space = None,
     controller: Annotated[
-        Text, typer.Option(help="guided, evolution, tpe, nsga2, gp, cmaes, ddpg or random [guided]")
+        Text, typer.Option(help="evolution, guided, tpe, nsga2, gp, cmaes, ddpg or random [evolution]")
     ] = None,
     trials: Annotated[Whole, typer.Option(help="policies to evaluate [48]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,

@@ -24,7 +24,7 @@ from autocomp.hardware import (
 from autocomp.policy import Policy
 from autocomp.protocols import Backend, Engine
 from autocomp.results import OperatorTimes, TimingProtocol
-from autocomp.space import Decision, PolicySpace
+from autocomp.space import PolicySpace
 from autocomp.study.steady import DRIFT
 
 __all__ = ["PROTOCOL", "Subject", "Survey", "measured_engine", "quiet_ms", "survey"]
@@ -36,7 +36,9 @@ PROFILED_MS = 300.0
 RUNS = (10, 100)
 """Of these runs at least and at most."""
 CANDIDATES = 200
-"""Random policies among which the next engine is chosen."""
+"""Policies among which the next engine is chosen, beside the uniform ones."""
+CHANGED = 0.15
+"""Share of a candidate's choices that differ from a uniform policy's."""
 UNKNOWN = 0.5
 """Standard deviation, as a fraction, of a kernel about which nothing is known yet."""
 ATTEMPTS = 4
@@ -102,8 +104,9 @@ def survey(
 ) -> HardwareProfile:
     """Measure engines until the time is over or every candidate's latency is known to `SETTLED`.
 
-    The next engine is the candidate whose kernels have the largest summed variance that one more sample would remove.
-    Candidates are the uniform policies and random ones, whose kernels stand for all that the space can reach.
+    The uniform policies come first, for a search stays near them more often than not; then the candidate whose
+    kernels have the largest summed variance that one more sample would remove. Candidates are uniform policies with
+    some of their choices changed at random.
 
     Args:
         profile: with what is known already; extended.
@@ -115,14 +118,17 @@ def survey(
     begun, engines = clock(), 0
     batch = subject.backend.batch
     space = subject.space
-    generator = _Uniform(random.Random(seed))
-    drawn = (Policy(), *space.uniform(), *(space.suggest(generator) for _ in range(CANDIDATES)))
+    first = list(dict.fromkeys((space.nearest({}, space.precisions[-1]), Policy(), *space.uniform())))
+    generator = random.Random(seed)
+    drawn = (*first, *(_near(space, generator.choice(first), generator) for _ in range(CANDIDATES)))
     pool = {policy: tuple(kernels_of(space.graph, policy, batch).values()) for policy in dict.fromkeys(drawn)}
     while pool and engines < most and clock() - begun < seconds:
         gains, uncertainty = _gains(Predictor(profile, refine=False), pool)
         if uncertainty < SETTLED:
             break
-        policy = max(gains, key=gains.__getitem__)
+        known = {entry.kernel for entry in profile.kernels}
+        new = (policy for policy in first if policy in pool and not known.issuperset(pool[policy]))
+        policy = next(new, None) or max(gains, key=gains.__getitem__)
         del pool[policy]
         profile = measured_engine(subject, profile, policy)
         engines += 1
@@ -215,9 +221,10 @@ def _gains(predictor: Predictor, pool: Mapping[Policy, Sequence[Kernel]]) -> tup
     return gains, max(relative)
 
 
-@dataclass(frozen=True, slots=True)
-class _Uniform:
-    generator: random.Random
-
-    def choose(self, decision: Decision) -> int:
-        return self.generator.randrange(len(decision.options))
+def _near(space: PolicySpace, policy: Policy, generator: random.Random) -> Policy:
+    """Some choices of a policy changed, branches less often: a dropped one hides all kernels inside it."""
+    indices = list(space.encode(policy))
+    for place, decision in enumerate(space.decisions):
+        if generator.random() < CHANGED * (0.3 if decision.kind == "branch" else 1.0):
+            indices[place] = generator.randrange(len(decision.options))
+    return space.decode(indices)

@@ -1,0 +1,160 @@
+"""Predicted against measured latency, on policies that no fit has seen.
+
+    AUTOCOMP_SHARED=... python -m benchmarks.predict [--case resnet20|resnet56|mobilenet_v2 ...] [--engine E]
+
+Writes ``benchmarks/results/predict.json``. A profile is measured from nothing; then policies spread over predicted
+ratios from 0.3 to 1.0 are timed beside the uncompressed engine, twice, each time on an engine of its own: the
+difference of the two is the noise that a prediction cannot be better than.
+"""
+
+import argparse
+import random
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from autocomp.config import SearchConfig
+from autocomp.engines import compare, estimate
+from autocomp.hardware import HardwareProfile, Predictor, kernels_of
+from autocomp.policy import Policy
+from autocomp.results import TimingProtocol
+from autocomp.space import Decision, PolicySpace
+from autocomp.study.guidance import subject_of
+from autocomp.study.profiling import PROTOCOL, Subject, survey
+from autocomp.study.workbench import prepare
+from benchmarks.common import cifar10, save, shared, show
+
+POLICIES = 100
+STRATA = 10
+RANGE = (0.3, 1.0)
+QUIET = 0.05
+"""How much slower than usual the reference may be beside a measurement that counts."""
+ATTEMPTS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Draws options that compress about equally much everywhere."""
+
+    generator: random.Random
+    share: float
+
+    def choose(self, decision: Decision) -> int:
+        if decision.kind == "branch":
+            return int(self.generator.random() < 0.2 * self.share)
+        return sum(self.generator.random() < self.share for _ in decision.options[1:])
+
+
+def config(case: str, work: Path, engine: str) -> SearchConfig:
+    if case == "mobilenet_v2":
+        return SearchConfig(
+            model="torchvision:mobilenet_v2", data="random:3x224x224", budget=("0.5x",), batch=1, engine=engine,
+            calibration_images=32, search_images=32, selection_images=32,
+        )  # fmt: skip
+    weights = shared() / "weights" / f"cifar10_{case}.safetensors"
+    return SearchConfig(
+        model=f"zoo:{case}", weights=str(weights), data=f"npz:{cifar10(work)}", budget=("0.5x",), batch=32,
+        engine=engine, calibration_images=256,
+    )  # fmt: skip
+
+
+def stratified(space: PolicySpace, predictor: Predictor, batch: int, count: int) -> list[tuple[Policy, float]]:
+    """Policies with their predicted ratios, equally many from each part of the range; none twice."""
+    generator = random.Random(1234)  # not the seed of the survey's own candidates
+    whole = predictor.engine(kernels_of(space.graph, Policy(), batch).values()).ms
+    edges = np.linspace(*RANGE, STRATA + 1)
+    found: list[dict[Policy, float]] = [{} for _ in range(STRATA)]
+    for _ in range(200 * count):
+        policy = space.suggest(Level(generator, generator.random()))
+        ratio = predictor.engine(kernels_of(space.graph, policy, batch).values()).ms / whole
+        place = int(np.searchsorted(edges, ratio)) - 1
+        if 0 <= place < STRATA and len(found[place]) < count // STRATA:
+            found[place][policy] = ratio
+        if all(len(part) == count // STRATA for part in found):
+            break
+    return [entry for part in found for entry in part.items()]
+
+
+def measured(subject: Subject, policy: Policy) -> float:
+    """Latency ratio on a new engine; taken again while the reference is slowed by something else."""
+    taken = []
+    with subject.backend.build(subject.skeleton(policy)) as engine:
+        while len(taken) < ATTEMPTS and not (taken and min(taken)[0] <= QUIET):
+            found = estimate(compare(engine, subject.reference, TimingProtocol(blocks=7)), "p50")
+            taken.append((found.reference_ms.value / subject.reference_ms - 1, found.ratio.value))
+    return min(taken)[1]
+
+
+def one(case: str, work: Path, engine: str, seconds: float, count: int) -> dict[str, Any]:
+    bench = prepare(config(case, work, engine), lambda event: None)
+    with bench.backend.build(bench.reference) as reference:
+        subject = subject_of(bench, reference)
+        if subject is None:
+            raise SystemExit(f"the kernels of {case} cannot be told apart")
+        begun = perf_counter()
+        empty = HardwareProfile.of(bench.backend.device, date.today(), str(PROTOCOL))
+        profile = survey(subject, empty, seconds, 10_000, lambda step: None)
+        spent = perf_counter() - begun
+        predictor = Predictor(profile)
+        drawn = stratified(bench.space, predictor, bench.spec.batch, count)
+        twice = np.array([[measured(subject, policy) for _ in range(2)] for policy, _ in drawn])
+    return {
+        "engine": bench.backend.device.engine,
+        "profile_s": round(spent, 1),
+        "engines": len(profile.engines),
+        "kernels": len(profile.kernels),
+        "policies": len(drawn),
+        **figures(np.array([ratio for _, ratio in drawn]), twice),
+        "pairs": [[round(ratio, 4), *np.round(row, 4).tolist()] for (_, ratio), row in zip(drawn, twice, strict=True)],
+    }
+
+
+def figures(predicted: np.ndarray, twice: np.ndarray) -> dict[str, float]:
+    """Errors of the predictions, and of one measurement against the other, as fractions."""
+    middle = twice.mean(axis=1)
+    return {
+        "mape": float(np.mean(np.abs(predicted / middle - 1))),
+        "bias": float(np.mean(predicted / middle - 1)),
+        "spearman": float(spearmanr(predicted, middle).statistic),
+        "repeat_mape": float(np.mean(np.abs(twice[:, 1] / twice[:, 0] - 1))),
+        "repeat_spearman": float(spearmanr(twice[:, 0], twice[:, 1]).statistic),
+    }
+
+
+def table(found: dict[str, dict[str, Any]]) -> list[Sequence[object]]:
+    return [
+        [
+            case, row["engine"], row["kernels"], f"{row['profile_s']:.0f}", row["policies"], f"{100 * row['mape']:.1f}",
+            f"{row['spearman']:.3f}", f"{100 * row['repeat_mape']:.1f}", f"{row['repeat_spearman']:.3f}",
+        ]
+        for case, row in found.items()
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", action="append", choices=["resnet20", "resnet56", "mobilenet_v2"])
+    parser.add_argument("--engine", default="onnxruntime")
+    parser.add_argument("--seconds", type=float, default=600.0, help="spent on each profile")
+    parser.add_argument("--policies", type=int, default=POLICIES)
+    parser.add_argument("--work", type=Path, help="folder for CIFAR-10; a temporary one by default")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        for case in args.case or ["resnet20", "resnet56", "mobilenet_v2"]:
+            name = f"{case}, {args.engine}"
+            row = one(case, work, args.engine, args.seconds, args.policies)
+            columns = ["", "engine", "kernels", "profile s", "policies", "MAPE %", "Spearman", "repeat %", "repeat"]
+            show("predicted against measured latency ratio", columns, table({name: row}))
+            print(f"written: {save('predict', {name: row})}")
+
+
+if __name__ == "__main__":
+    main()
