@@ -19,6 +19,7 @@ import autocomp
 from autocomp.budget import parse_budgets
 from autocomp.cli import main
 from autocomp.config import SearchConfig
+from autocomp.engines import BackendSpec, make_backend
 from autocomp.errors import AutocompError, EngineError, InfeasibleError, ModelError
 from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelEstimate, KernelTime, Prediction
 from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
@@ -570,10 +571,17 @@ def test_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme_parse(api: FakeApi, monkeypatch: pytest.MonkeyPatch, folder: Path, line: str) -> None:
+def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, folder: Path, line: str) -> None:
     (folder / "runs" / "half").mkdir(parents=True)
     if " measure " in line:
         api.outcome = estimate(0.5)
     if " sensitivity" in line:
         api.outcome = sensitivity()
+    if " profile " in line:
+        own = replace(board, device=make_backend(BackendSpec()).device.name)
+        own.save(folder / "hardware_profiles")
+        (folder / "runs" / "half" / "policy.json").write_text(json.dumps(Policy().to_json()))
+        api.outcome = Built(board, Path("x"), 7, 0, 5, 9.0)
+        if "--policy" in line:
+            api.outcome = PolicyLatency(Prediction(1.5, 0.1, 1.0), 4, {}, 0.5)
     assert run(*shlex.split(line)[1:]) == 0
