@@ -136,7 +136,7 @@ class HardwareProfile:
         """What another profile's device has otherwise, but for its name; empty where both are of one kind."""
         names = (("engine", "engine"), ("threads", "threads"), ("device", "details"))
         pairs = ((name, getattr(self, field), getattr(other, field)) for name, field in names)
-        return tuple(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
+        return tuple(f"{name} was {old or 'unknown'}, is {new or 'unknown'}" for name, old, new in pairs if old != new)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -165,6 +165,8 @@ class HardwareProfile:
             if missing:
                 raise ConfigError(f"{', '.join(missing)} missing: the file is torn, profile the device again")
             path = folder / "kernels.csv"
+            if values["measured"] and not path.exists():
+                raise ConfigError("it is missing: the profile is torn, profile the device again")
             kernels = _rows(path, _KERNEL_COLUMNS, _kernel_time)
             path = folder / "engines.csv"
             engines = _rows(path, _ENGINE_COLUMNS, _engine_time, optional=("data",))

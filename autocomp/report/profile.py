@@ -110,7 +110,7 @@ def print_profile(profile: HardwareProfile, found: Standing, console: Console) -
     if not profile.measured:
         return
     for (model, batch), count in _engines(profile).items():
-        console.print(Text(f"{count} engines of {model}, batch {batch}"), soft_wrap=True)
+        console.print(Text(f"{count} engine{'s' * (count != 1)} of {model}, batch {batch}"), soft_wrap=True)
     table = _table("kernels", "precision", "batch", "count")
     for (op, precision, batch), count in _counts(profile).items():
         table.add_row(op, precision, str(batch), str(count))

@@ -130,7 +130,7 @@ def test_another_devices_profile_is_replaced_with_a_line(tmp_path: Path) -> None
     assert standing(replace(old, details="cpu: 6502")).kind == "stale"
     events: list[Event] = []
     built = build(tmp_path, seconds=3, observer=events.append)
-    assert built.notes == ("the profile simulated-1t was stale (device was cpu: 6502, is ): it is replaced",)
+    assert built.notes == ("the profile simulated-1t was stale (device was cpu: 6502, is unknown): it is replaced",)
     assert Note(built.notes[0]) in events
     assert len(built.profile.engines) == built.engines and standing(built.profile).kind == "measured"
 
