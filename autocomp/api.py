@@ -18,15 +18,29 @@ from autocomp.outcome import Event, Note, Observer, SearchResult
 from autocomp.report import write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
+from autocomp.study.build_profile import build_profile
+from autocomp.study.loading import data_options
+from autocomp.study.profiles import predict_policy
 from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.sweep import THOROUGH, obtain
 from autocomp.study.verify import verification_protocol
-from autocomp.study.workbench import Workbench, data_options, package_versions, prepare
+from autocomp.study.workbench import Workbench, package_versions, prepare
 
-__all__ = ["Interrupted", "apply_policy", "load_result", "measure", "resume", "run_search", "run_sensitivity", "search"]
+__all__ = [
+    "Interrupted",
+    "apply_policy",
+    "build_profile",
+    "load_result",
+    "measure",
+    "predict_policy",
+    "resume",
+    "run_search",
+    "run_sensitivity",
+    "search",
+]
 
 LIVE = "object:"
 """Marks a configuration whose model or data was a live object."""

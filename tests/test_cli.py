@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +19,14 @@ import autocomp
 from autocomp.budget import parse_budgets
 from autocomp.cli import main
 from autocomp.config import SearchConfig
+from autocomp.engines import BackendSpec, make_backend
 from autocomp.errors import AutocompError, EngineError, InfeasibleError, ModelError
+from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelEstimate, KernelTime, Prediction
 from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
+from autocomp.study.build_profile import Built, Job, Progress
+from autocomp.study.profiles import PolicyLatency
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +85,15 @@ class FakeApi:
         print("a library chats")
         return self._answer("run_sensitivity", config), Path("runs/s")
 
+    def build_profile(self, jobs: Any, seconds: float, root: Path | None, observer: Any, progress: Any) -> Any:
+        observer(Note("a note"))
+        progress(Progress("m:f", 1, 7, 5, 0.1, 9.0, 9.0))
+        print("a library chats")
+        return self._answer("build_profile", jobs, seconds, root)
+
+    def predict_policy(self, policy: Policy, config: SearchConfig, profile: Any, observer: Any) -> Any:
+        return self._answer("predict_policy", policy, config, profile)
+
     def measure(self, onnx: Path, spec: Any, reference: Path | None, statistic: str) -> Any:
         return self._answer("measure", onnx, spec, reference, statistic)
 
@@ -94,8 +108,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeApi]:
     fake = FakeApi()
     module = ModuleType("autocomp.api")
-    for name in ("run_search", "run_sensitivity", "resume", "load_result", "apply_policy", "measure"):
-        setattr(module, name, getattr(fake, name))
+    for name in vars(FakeApi):
+        if not name.startswith("_") and callable(getattr(fake, name)):
+            setattr(module, name, getattr(fake, name))
     monkeypatch.setitem(sys.modules, "autocomp.api", module)
     monkeypatch.setattr(autocomp, "api", module, raising=False)
     yield fake
@@ -320,18 +335,191 @@ def test_spaces_are_listed_and_shown(capfd: pytest.CaptureFixture[str]) -> None:
     assert (ROOT / "search_spaces" / "default.toml").read_text() in shown
 
 
-def test_a_users_own_space_and_profile_are_found(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_users_own_space_is_found(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (folder / "search_spaces").mkdir()
     (folder / "search_spaces" / "torn.toml").write_text("= nonsense")
-    board = folder / "hardware_profiles" / "my-board"
-    board.mkdir(parents=True)
-    (board / "profile.toml").write_text('description = "a board"\n')
     assert run("spaces", "list") == 0
     assert "torn" in capfd.readouterr().out
+
+
+@pytest.fixture
+def board(folder: Path) -> HardwareProfile:
+    """A measured profile in the working directory, of a device that no machine here is."""
+    kernels = [
+        KernelTime(Kernel("conv", 16, out, (3, 3), (1, 1), 1, (8, 8), 4, precision, context), 0.01 * out, 0.0, count)
+        for out in (16, 32, 48, 64, 96, 128)
+        for precision, context, count in (("fp32", "f conv2d", 1), ("int8", "q conv2d.q", 2), ("int8", "q conv2d", 1))
+    ]
+    engines = (
+        EngineTime("zoo:resnet8", 4, 10, 1.0, 1.1, "random:3x16x16x10"),
+        EngineTime("object:Net", 1, 9, 1.0, 1.0),
+    )
+    day = date(2026, 1, 31)
+    profile = HardwareProfile("board", "tvm 1", 2, day, True, "cpu: Z80", kernels=tuple(kernels), engines=engines)
+    profile.save(folder / "hardware_profiles")
+    return profile
+
+
+def test_profiles_are_listed_with_their_standing(
+    board: HardwareProfile, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    simulated = HardwareProfile("simulated-1t", "simulated (an estimate)", 1, board.date, True)
+    simulated.save(folder / "hardware_profiles")
+    replace(simulated, device="simulated-2t", threads=2, details="cpu: 6502").save(folder / "hardware_profiles")
+    (folder / "hardware_profiles" / "torn").mkdir()
+    (folder / "hardware_profiles" / "torn" / "profile.toml").write_text("format = 1\n")
     assert run("profile", "list") == 0
-    assert re.search(r"^my-board +a board +\[", capfd.readouterr().out, re.MULTILINE)
-    assert run("profile", "show", "my-board") == 0
-    assert 'description = "a board"' in capfd.readouterr().out
+    listed = {line.split()[0]: line.split()[1] for line in capfd.readouterr().out.splitlines()}
+    assert listed == {
+        "board": "measured,", "simulated": "described", "simulated-1t": "measured", "simulated-2t": "stale",
+        "torn": "unreadable",
+    }  # fmt: skip
+    assert run("profile", "list", "--json") == 0
+    found = {row["name"]: row["standing"] for row in json.loads(capfd.readouterr().out)}
+    assert found["board"] == "foreign" and found["simulated-2t"] == "stale"
+    assert run("profile", "show", "simulated-2t") == 0
+    out = capfd.readouterr().out
+    assert "stale on this machine: device was cpu: 6502, is unknown" in out and "autocomp profile build" in out
+
+
+def test_a_profile_is_shown(board: HardwareProfile, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", "show", "board") == 0
+    out = capfd.readouterr().out
+    for text in (
+        "engine: tvm 1",
+        "cpu: Z80",
+        "date: 2026-01-31",
+        "note: of another device",
+        "1 engine of zoo:resnet8",
+    ):
+        assert text in out
+    assert re.search(r"conv +int8 +4 +12$", out, re.MULTILINE)
+    assert run("profile", "show", "board", "--json") == 0
+    assert {"op": "conv", "precision": "fp32", "batch": 4, "kernels": 6} in json.loads(capfd.readouterr().out)[
+        "kernels"
+    ]
+
+
+ASKED = "profile lookup --hardware board --op conv --in 16 --kernel 3 --size 8 --batch 4"
+
+
+@pytest.mark.parametrize(
+    ("more", "source", "context"),
+    [
+        ("--out 32 --precision int8", "measured", "q conv2d.q (measured most often"),
+        ("--out 32 --precision int8 --context conv2d", "measured", "q conv2d.q"),
+        ("--out 32 --precision int8 --context", "measured", "q conv2d"),
+        ("--out 40", "interpolated", "f conv2d"),
+        ("--out 999", "extrapolated", "f conv2d"),
+    ],
+)
+def test_a_kernel_is_looked_up(
+    board: HardwareProfile, capfd: pytest.CaptureFixture[str], more: str, source: str, context: str
+) -> None:
+    words = [*ASKED.split(), *more.split()] + ["q conv2d"] * more.endswith("--context")
+    assert run(*words) == 0
+    out, err = capfd.readouterr()
+    assert f", {source}\n" in out and f"context: {context}" in out
+    assert err == "note: the profile board is of another device than this one\n"
+    assert run(*words, "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["source"] == source and found["low_ms"] < found["ms"] < found["high_ms"]
+    if source == "measured":
+        assert found["ms"] == 0.32
+
+
+def test_profiles_are_compared(board: HardwareProfile, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("profile", "diff", "board", "board") == 0
+    assert "0 of 18 kernels differ" in capfd.readouterr().out
+    slower = tuple(KernelTime(e.kernel, 2 * e.median_ms, 0.0, e.samples) for e in board.kernels[1:])
+    replace(board, device="late", engine="tvm 2", kernels=slower).save(folder / "hardware_profiles")
+    assert run("profile", "diff", "board", "late") == 0
+    out = capfd.readouterr().out
+    assert "engine was tvm 1, is tvm 2" in out and "17 of 17 kernels differ" in out and "only in the first: 1" in out
+    assert run("profile", "diff", "board", "late", "--json") == 0
+    assert [row["ratio"] for row in json.loads(capfd.readouterr().out)["ratios"]] == pytest.approx([2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("build --batch 0", "whole numbers from 1"),
+        ("build --batch 1,x", "whole numbers from 1"),
+        ("build --like gone", "unknown hardware profile 'gone'"),
+        ("build --like simulated", "names no model that can be built here"),
+        ("build --like board --model zoo:resnet8", "leave out --model"),
+        ("build --threads 0", "threads must be at least 1"),
+        ("lookup --hardware board", "give --op, --in and --out"),
+        ("lookup --hardware board --op conv --in 16 --out 16", "give --kernel and --size"),
+        ("lookup --hardware board --op linear --in 16 --out 16", "it has conv in fp32, conv in int8"),
+        ("lookup --hardware board --op conv --in 16 --out 16 --precision bf16", "it has conv in fp32, conv in int8"),
+        ("lookup --hardware simulated --op conv --in 16 --out 16", "no measured kernels"),
+        (
+            "lookup --engine simulated --threads 77 --op conv --in 1 --out 1",
+            "this device (simulated-77t) has no profile",
+        ),
+        (f"{ASKED[8:]} --out 16 --context add", "most often 'f conv2d'"),
+        (f"{ASKED[8:]} --out 16 --groups 3", "3 groups do not divide"),
+        (f"{ASKED[8:]} --out 16 --stride 2y2", "write 3 or 3x3"),
+        (f"{ASKED[8:]} --out 0", "1 or more"),
+        ("lookup --hardware board --policy gone.json", "no policy file gone.json"),
+        ("lookup --policy gone.json --op conv", "leave out --op"),
+        ("lookup --policy gone.json --size wide", "the side of the images"),
+        ("diff board gone", "unknown hardware profile 'gone'"),
+        ("show torn", "threads, date, measured missing"),
+        ("show newer", "its format is not 1"),
+    ],
+)
+def test_bad_input_about_profiles_is_one_line(
+    board: HardwareProfile, api: FakeApi, folder: Path, capfd: pytest.CaptureFixture[str], arguments: str, said: str
+) -> None:
+    for name, text in (("torn", 'format = 1\ndevice = "torn"\nengine = "x"\n'), ("newer", "format = 2\n")):
+        (folder / "hardware_profiles" / name).mkdir()
+        (folder / "hardware_profiles" / name / "profile.toml").write_text(text)
+    assert run("profile", *arguments.split()) == 2
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("note: ")]
+    assert said in err and len(lines) == 1 and out == "" and api.calls == []
+
+
+def test_build_passes_its_jobs_and_prints_what_it_made(
+    board: HardwareProfile, api: FakeApi, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    api.outcome = Built(board, Path("x/board"), 7, 0, 5, 9.0)
+    flags = "--model m:f --data random:3x8x8 --engine simulated --space int8 --batch 1,8 --seed 4 --seconds 9"
+    assert run("profile", "build", *flags.split(), "--out", "there") == 0
+    config = SearchConfig(model="m:f", data="random:3x8x8", engine="simulated", space="int8", seed=4)
+    assert api.calls == [("build_profile", (Job(config, (1, 8)),), 9.0, Path("there"))]
+    out, err = capfd.readouterr()
+    assert out.splitlines()[-1] == "7 engines measured, 5 kernels added; profile: x/board" and "7 engines" in err
+    assert run("profile", "build", "--like", "board", "--json") == 0
+    (job,) = api.calls[-1][1]
+    assert (job.config.model, job.config.data, job.batches) == ("zoo:resnet8", "random:3x16x16x10", (4,))
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == api.outcome.to_json()
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `profile build`")[1]
+    assert all(f"`{name}`" in documented for name in printed)
+    api.outcome = KeyboardInterrupt()
+    assert run("profile", "build") == 130
+    assert "the same command goes on" in capfd.readouterr().err
+
+
+def test_a_policy_is_looked_up(
+    board: HardwareProfile, api: FakeApi, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernel = board.kernels[0].kernel
+    table = {"stem": (kernel, KernelEstimate(1.0, 0.1, "measured"))}
+    api.outcome = PolicyLatency(Prediction(1.5, 0.1, 1.0), 4, table, 0.5)
+    (folder / "policy.json").write_text(json.dumps(Policy().to_json()))
+    words = "profile lookup --hardware board --policy policy.json --model zoo:resnet8 --data random:3x8x8x10 --size 8"
+    assert run(*words.split()) == 0
+    config = SearchConfig(model="zoo:resnet8", data="random:3x8x8x10", size=8)
+    assert [call[:3] for call in api.calls] == [("predict_policy", Policy(), config)]
+    assert api.calls[0][3].device == "board"
+    out = capfd.readouterr().out
+    assert "predicted: 1.500 ms (95 %: 1.304 to 1.696) at batch 4; 100 %" in out and "stem" in out
+    assert run(*words.split(), "--json") == 0
+    assert json.loads(capfd.readouterr().out) == {"device": "board", **api.outcome.to_json()}
 
 
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 14, 0)])
@@ -383,10 +571,17 @@ def test_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("line", readme_commands())
-def test_commands_of_the_readme_parse(api: FakeApi, monkeypatch: pytest.MonkeyPatch, folder: Path, line: str) -> None:
+def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, folder: Path, line: str) -> None:
     (folder / "runs" / "half").mkdir(parents=True)
     if " measure " in line:
         api.outcome = estimate(0.5)
     if " sensitivity" in line:
         api.outcome = sensitivity()
+    if " profile " in line:
+        own = replace(board, device=make_backend(BackendSpec()).device.name)
+        own.save(folder / "hardware_profiles")
+        (folder / "runs" / "half" / "policy.json").write_text(json.dumps(Policy().to_json()))
+        api.outcome = Built(board, Path("x"), 7, 0, 5, 9.0)
+        if "--policy" in line:
+            api.outcome = PolicyLatency(Prediction(1.5, 0.1, 1.0), 4, {}, 0.5)
     assert run(*shlex.split(line)[1:]) == 0

@@ -38,6 +38,8 @@ def test_the_readmes_commands_run(root: Path, tmp_path: Path, request: pytest.Fi
             arguments = [*arguments, *FEW]  # the last of two equal flags counts
         if arguments[0] in ("search", "apply") and any("runs/half" in word for word in arguments):
             arguments += ["--engine", "simulated"]  # a busy machine may reach no 0.5x, and later lines need this run
+        if arguments[:2] == ["profile", "build"]:
+            arguments += ["--seconds", "5"]
         done = subprocess.run(
             [sys.executable, "-m", "autocomp", *arguments],
             cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,

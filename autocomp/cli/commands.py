@@ -28,8 +28,9 @@ from autocomp.cli.flags import (
     Whole,
     settings_of,
 )
-from autocomp.cli.output import console, fail, print_json, quiet_stdout
-from autocomp.cli.resources import profiles, spaces
+from autocomp.cli.output import INTERRUPTED, console, fail, print_json, quiet_stdout
+from autocomp.cli.profiles import profiles
+from autocomp.cli.spaces import spaces
 from autocomp.errors import AutocompError, InputError
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-BAD_INPUT, NOTHING_VERIFIED, INTERRUPTED = 2, 3, 130
+BAD_INPUT, NOTHING_VERIFIED = 2, 3
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 app = typer.Typer(

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "fail", "print_json", "quiet_stdout"]
+__all__ = ["INTERRUPTED", "console", "fail", "print_json", "quiet_stdout"]
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """What is known of devices: profiles kept as folders, predictions from them, and latencies measured before."""
 
+from autocomp.hardware.diff import KernelDifference, ProfileDifference, difference
 from autocomp.hardware.kernels import ENTRY, Kernel, kernels_of, owners
 from autocomp.hardware.latency import LatencyEntry, LatencyKey, LatencyTable
+from autocomp.hardware.lookup import Question, kernel_asked
 from autocomp.hardware.predict import SHORTEST_MS, KernelEstimate, Prediction, Predictor
 from autocomp.hardware.profile import EngineTime, HardwareProfile, KernelTime
 
@@ -11,6 +13,7 @@ __all__ = [
     "EngineTime",
     "HardwareProfile",
     "Kernel",
+    "KernelDifference",
     "KernelEstimate",
     "KernelTime",
     "LatencyEntry",
@@ -18,6 +21,10 @@ __all__ = [
     "LatencyTable",
     "Prediction",
     "Predictor",
+    "ProfileDifference",
+    "Question",
+    "difference",
+    "kernel_asked",
     "kernels_of",
     "owners",
 ]

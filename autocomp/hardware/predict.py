@@ -44,8 +44,7 @@ class KernelEstimate:
     @property
     def interval_ms(self) -> tuple[float, float]:
         """Bounds of 95 %."""
-        margin = _NORMAL * self.deviation_ms
-        return max(0.0, self.ms - margin), self.ms + margin
+        return _interval(self.ms, self.deviation_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +60,11 @@ class Prediction:
     ms: float
     deviation_ms: float
     measured: float
+
+    @property
+    def interval_ms(self) -> tuple[float, float]:
+        """Bounds of 95 %."""
+        return _interval(self.ms, self.deviation_ms)
 
 
 class Predictor:
@@ -144,8 +148,8 @@ class Predictor:
     def _model(self) -> "_Process":
         entries = list(self._times.values())
         if len(entries) > LARGEST_FIT:
-            places = np.linspace(0, len(entries) - 1, LARGEST_FIT).astype(int)
-            entries = [sorted(entries, key=lambda entry: entry.kernel)[place] for place in places]
+            entries.sort(key=lambda entry: entry.kernel)
+            entries = [entries[place] for place in np.linspace(0, len(entries) - 1, LARGEST_FIT).astype(int)]
         return _Process(entries, self._refine)
 
 
@@ -176,6 +180,11 @@ class _Process:
         scaled = self._scaler.transform(features)
         mean, deviation = self._process.predict(scaled, return_std=True)
         return mean + self._trend.predict(scaled), deviation
+
+
+def _interval(ms: float, deviation_ms: float) -> tuple[float, float]:
+    margin = _NORMAL * deviation_ms
+    return max(0.0, ms - margin), ms + margin
 
 
 def _overhead(engines: tuple[EngineTime, ...]) -> tuple[float, float, float]:

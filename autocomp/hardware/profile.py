@@ -67,6 +67,8 @@ class EngineTime:
         kernels: it runs.
         kernels_ms: of all of them together.
         ms: of a run, at the speed the device had when the profile was begun.
+        data: noise of the model's input shape and classes, as ``--data`` names it, which is all that times depend on;
+            empty where it was not recorded.
     """
 
     model: str
@@ -74,6 +76,7 @@ class EngineTime:
     kernels: int
     kernels_ms: float
     ms: float
+    data: str = ""
 
     def __post_init__(self) -> None:
         _refuse_times(f"an engine of {self.model}", self.kernels_ms, self.ms)
@@ -127,12 +130,13 @@ class HardwareProfile:
 
     def differences(self, device: DeviceInfo) -> tuple[str, ...]:
         """What a device has otherwise than the one that was measured; empty where the profile fits."""
-        pairs = (
-            ("engine", self.engine, device.engine),
-            ("threads", str(self.threads), str(device.threads)),
-            ("device", self.details, _details(device)),
-        )
-        return tuple(f"{name} was {old}, is {new}" for name, old, new in pairs if old != new)
+        return self.unlike(type(self).of(device, self.date, self.protocol))
+
+    def unlike(self, other: Self) -> tuple[str, ...]:
+        """What another profile's device has otherwise, but for its name; empty where both are of one kind."""
+        names = (("engine", "engine"), ("threads", "threads"), ("device", "details"))
+        pairs = ((name, getattr(self, field), getattr(other, field)) for name, field in names)
+        return tuple(f"{name} was {old or 'unknown'}, is {new or 'unknown'}" for name, old, new in pairs if old != new)
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -161,9 +165,12 @@ class HardwareProfile:
             if missing:
                 raise ConfigError(f"{', '.join(missing)} missing: the file is torn, profile the device again")
             path = folder / "kernels.csv"
+            if values["measured"] and not path.exists():
+                raise ConfigError("it is missing: the profile is torn, profile the device again")
             kernels = _rows(path, _KERNEL_COLUMNS, _kernel_time)
             path = folder / "engines.csv"
-            return cls(**values, kernels=kernels, engines=_rows(path, _ENGINE_COLUMNS, _engine_time))
+            engines = _rows(path, _ENGINE_COLUMNS, _engine_time, optional=("data",))
+            return cls(**values, kernels=kernels, engines=engines)
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, InputError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -223,17 +230,20 @@ def _csv(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _rows(path: Path, columns: Sequence[str], parse: Callable[[Mapping[str, str]], Row]) -> tuple[Row, ...]:
-    """Raises: ConfigError naming the first line that is not a whole row."""
+def _rows(
+    path: Path, columns: Sequence[str], parse: Callable[[Mapping[str, str]], Row], optional: Sequence[str] = ()
+) -> tuple[Row, ...]:
+    """Raises: ConfigError naming the first line that is not a whole row. Columns of ``optional`` may be missing."""
     if not path.exists():
         return ()
     reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8")))
-    if next(reader, None) != columns:
+    found_columns = next(reader, [])
+    if [*found_columns, *(name for name in optional if name not in found_columns)] != columns:
         raise ConfigError(f"its first line is not {','.join(columns)}: profile the device again")
     found = []
     for row in reader:
         try:
-            found.append(parse(dict(zip(columns, row, strict=True))))
+            found.append(parse(dict(zip(found_columns, row, strict=True))))
         except ConfigError:
             raise
         except ValueError as error:
@@ -250,7 +260,8 @@ def _kernel_time(row: Mapping[str, str]) -> KernelTime:
 
 
 def _engine_time(row: Mapping[str, str]) -> EngineTime:
-    return EngineTime(row["model"], int(row["batch"]), int(row["kernels"]), float(row["kernels_ms"]), float(row["ms"]))
+    times = float(row["kernels_ms"]), float(row["ms"])
+    return EngineTime(row["model"], int(row["batch"]), int(row["kernels"]), *times, row.get("data", ""))
 
 
 def _sizes(text: str) -> tuple[int, ...]:

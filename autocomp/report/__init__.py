@@ -1,7 +1,30 @@
-"""What a search shows: the live screen, the closing table, and the report of a run folder."""
+"""What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
 from autocomp.report.console import LiveScreen, print_estimate, print_result
 from autocomp.report.markdown import write_report
+from autocomp.report.profile import (
+    BuildScreen,
+    estimate_json,
+    print_difference,
+    print_estimated,
+    print_policy,
+    print_profile,
+    profile_json,
+)
 from autocomp.report.sensitivity import print_sensitivity, write_sensitivity
 
-__all__ = ["LiveScreen", "print_estimate", "print_result", "print_sensitivity", "write_report", "write_sensitivity"]
+__all__ = [
+    "BuildScreen",
+    "LiveScreen",
+    "estimate_json",
+    "print_difference",
+    "print_estimate",
+    "print_estimated",
+    "print_policy",
+    "print_profile",
+    "print_result",
+    "print_sensitivity",
+    "profile_json",
+    "write_report",
+    "write_sensitivity",
+]

@@ -77,6 +77,11 @@ class Subject:
     def graph(self) -> LayerGraph:
         return self.space.graph
 
+    @property
+    def noise(self) -> str:
+        """Data of this model's input shape and classes, for a model with random weights."""
+        return f"random:{'x'.join(map(str, (*self.graph.input_shape, self.graph.output_shape[-1])))}"
+
 
 @dataclass(frozen=True, slots=True)
 class Survey:
@@ -86,11 +91,13 @@ class Survey:
         profile: with all that was measured.
         engines: measured.
         uncertainty: largest relative deviation of a candidate's prediction before the last engine.
+        busy: engines that were measured while other work slowed the device, for no attempt met it quiet.
     """
 
     profile: HardwareProfile
     engines: int
     uncertainty: float
+    busy: int = 0
 
 
 def survey(
@@ -110,19 +117,19 @@ def survey(
 
     Args:
         profile: with what is known already; extended.
-        seconds: after which no further engine is begun.
+        seconds: after which no further engine is begun; the first one is in any case.
         most: engines.
         step: told after every engine.
         seed: of the candidates.
     """
-    begun, engines = clock(), 0
+    begun, engines, busy = clock(), 0, 0
     batch = subject.backend.batch
     space = subject.space
     first = list(dict.fromkeys((space.nearest({}, space.precisions[-1]), Policy(), *space.uniform())))
     generator = random.Random(seed)
     drawn = (*first, *(_near(space, generator.choice(first), generator) for _ in range(CANDIDATES)))
     pool = {policy: tuple(kernels_of(space.graph, policy, batch).values()) for policy in dict.fromkeys(drawn)}
-    while pool and engines < most and clock() - begun < seconds:
+    while pool and engines < most and (engines == 0 or clock() - begun < seconds):
         gains, uncertainty = _gains(Predictor(profile, refine=False), pool)
         if uncertainty < SETTLED:
             break
@@ -130,14 +137,14 @@ def survey(
         new = (policy for policy in first if policy in pool and not known.issuperset(pool[policy]))
         policy = next(new, None) or max(gains, key=gains.__getitem__)
         del pool[policy]
-        profile = measured_engine(subject, profile, policy)
-        engines += 1
-        step(Survey(profile, engines, uncertainty))
+        profile, quiet = measured_engine(subject, profile, policy)
+        engines, busy = engines + 1, busy + (not quiet)
+        step(Survey(profile, engines, uncertainty, busy))
     return profile
 
 
-def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) -> HardwareProfile:
-    """The profile with one more engine's kernels.
+def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) -> tuple[HardwareProfile, bool]:
+    """The profile with one more engine's kernels, and whether the device was quiet meanwhile.
 
     The engine is timed beside the reference, and then once more under the runtime's profiler, whose times are scaled
     so that the whole run takes what the first timing said. While other work slows the reference down nothing counts:
@@ -149,7 +156,7 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
     """
     onnx = subject.skeleton(policy)
     with subject.backend.build(onnx) as engine, device_lock(subject.backend.device):
-        wall_ms, found = _timed(subject, engine, onnx)
+        slowed, wall_ms, found = _timed(subject, engine, onnx)
     scale = wall_ms / found.run_ms
     nodes = by_graph_value(onnx, found.by_value, subject.values)
     belongs = owners(subject.graph, subject.graph.live(policy))
@@ -163,8 +170,9 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
         known, ms = times.get(kernel), sums[name] / slower
         times[kernel] = KernelTime(kernel, ms, 0.0, 1) if known is None else known.with_sample(ms)
     total_ms = sum(sums.values()) / slower
-    whole = EngineTime(subject.model, subject.backend.batch, len(kernels), total_ms, wall_ms / slower)
-    return replace(profile, kernels=tuple(times.values()), engines=(*profile.engines, whole))
+    whole = EngineTime(subject.model, subject.backend.batch, len(kernels), total_ms, wall_ms / slower, subject.noise)
+    profile = replace(profile, kernels=tuple(times.values()), engines=(*profile.engines, whole))
+    return profile, slowed <= 1 + DRIFT
 
 
 def quiet_ms(reference: Engine, blocks: int = 30, repeats: int = 3) -> float:
@@ -172,8 +180,11 @@ def quiet_ms(reference: Engine, blocks: int = 30, repeats: int = 3) -> float:
     return float(np.quantile([np.median(reference.time(repeats)) for _ in range(blocks)], 0.25))
 
 
-def _timed(subject: Subject, engine: Engine, onnx: bytes) -> tuple[float, OperatorTimes]:
-    """Wall time at the reference's usual speed, and the operators' times; taken again while the device is slowed."""
+def _timed(subject: Subject, engine: Engine, onnx: bytes) -> tuple[float, float, OperatorTimes]:
+    """How far the reference was slowed, wall time at its usual speed, and the operators' times.
+
+    Taken again while the device is slowed; of all attempts the least slowed one counts.
+    """
     fewest, most = RUNS
     taken: list[tuple[float, float, OperatorTimes]] = []
     while True:
@@ -185,8 +196,7 @@ def _timed(subject: Subject, engine: Engine, onnx: bytes) -> tuple[float, Operat
         slowed = max(found.reference_ms.value, after) / subject.reference_ms
         taken.append((slowed, found.ratio.value * subject.reference_ms, operators))
         if slowed <= 1 + DRIFT or len(taken) == ATTEMPTS:
-            _, wall_ms, operators = min(taken, key=lambda entry: entry[0])
-            return wall_ms, operators
+            return min(taken, key=lambda entry: entry[0])
 
 
 def _slowdown(pairs: Sequence[tuple[KernelTime, float]]) -> float:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,19 +24,19 @@ from autocomp.compress import (
     logits_of,
     structure,
     to_tensor,
-    trace,
 )
 from autocomp.config import SearchConfig
 from autocomp.controllers import CONTROLLERS
-from autocomp.data import DataOptions, Split, Splits, load_data
+from autocomp.data import Split, Splits
 from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend, with_codes
-from autocomp.errors import ConfigError, DataError, EngineError, ModelError
-from autocomp.models import LoadedModel, check_logits, load_model
+from autocomp.errors import ConfigError, EngineError, ModelError
+from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
 from autocomp.protocols import Backend, Engine
 from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.executors import EXECUTORS
+from autocomp.study.loading import load
 from autocomp.study.score import load_metric
 from autocomp.study.trial import Emitter
 
@@ -47,7 +46,6 @@ __all__ = [
     "Workbench",
     "backend_spec",
     "chance_limit",
-    "data_options",
     "first_images",
     "package_versions",
     "prepare",
@@ -176,23 +174,7 @@ def prepare(
     spec = backend_spec(config)
     backend = make_backend(spec)
     space_file = SearchSpace.load(resources.find("search_spaces", config.space))
-    if splits is None:
-        splits = load_data(config.data, data_options(config))
-    if model is None:
-        weights = Path(config.weights) if config.weights is not None else None
-        embedded = config.data == "digits" and config.model == "zoo:resnet20" and weights is None
-        model = load_model(config.model, weights, splits.classes, embedded=embedded)
-    if model.weights is None and splits.labelled:
-        raise ModelError(f"{model.spec} has no trained weights: give --weights FILE, or use random: data")
-    check_logits(model, splits.input_shape)
-    observer(Phase("trace"))
-    traced = trace(model.module, to_tensor(_example(splits)))
-    classes = traced.graph.output_shape[-1]
-    if splits.labelled and classes < splits.classes:
-        raise DataError(
-            f"the labels of {splits.source} name {splits.classes} classes, the model has {classes} outputs: "
-            "choose data or a model that fit each other"
-        )
+    model, splits, traced = load(config, observer, model, splits)
     capabilities = backend.capabilities()
     space = space_file.restrict(traced.graph, capabilities)
     observer(Phase("statistics"))
@@ -230,25 +212,7 @@ def _refuse_unknown_names(config: SearchConfig) -> None:
     load_metric(config.metric)
 
 
-def data_options(config: SearchConfig) -> DataOptions:
-    """How a configuration draws and normalises its data."""
-    return DataOptions(
-        mean=config.mean,
-        std=config.std,
-        size=config.size,
-        calibration=config.calibration_images,
-        search=config.search_images,
-        selection=config.selection_images,
-        seed=config.seed,
-    )
-
-
 _Parts = tuple[Traced, Statistics, Recipe, Recipe, Numerics, Images]
-
-
-def _example(splits: Splits) -> Images:
-    """Two calibration images, (2, c, h, w)."""
-    return next(iter(splits.calibration.batches(2)))[0]
 
 
 def first_images(split: Split, count: int) -> Images:

@@ -37,6 +37,7 @@ engine_times = st.builds(
     kernels=st.integers(1, 500),
     kernels_ms=times,
     ms=times,
+    data=st.sampled_from(["", "random:3x32x32x10"]),
 )
 profiles = st.builds(
     HardwareProfile,
@@ -131,6 +132,17 @@ def test_wrong_engines_are_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("18.5", "-18.5"))
     with pytest.raises(ConfigError, match=r"engines\.csv: an engine of zoo:resnet20 has a time that is negative"):
         HardwareProfile.load(path.parent)
+
+
+def test_engines_of_earlier_versions_are_read_and_missing_kernels_are_not(tmp_path: Path) -> None:
+    folder = PROFILE.save(tmp_path)
+    path = folder / "engines.csv"
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    assert path.read_text().startswith("model,batch,kernels,kernels_ms,ms\n")
+    assert HardwareProfile.load(folder) == PROFILE
+    (folder / "kernels.csv").unlink()
+    with pytest.raises(ConfigError, match=r"kernels\.csv: it is missing: the profile is torn"):
+        HardwareProfile.load(folder)
 
 
 def test_samples_are_averaged_as_numpy_does() -> None:
