@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: an embedded engine whose int8 also fuses additions."""
+"""OpenVINO on the CPU: the second embedded engine."""
 
 import re
 import time
@@ -48,8 +48,8 @@ class OpenVinoBackend:
         return cpu_device(f"openvino {openvino.__version__.split('-')[0]}", self._threads)
 
     def capabilities(self) -> Capabilities:
-        # uint8 with zero points is as fast as symmetric int8, whose codes are half wasted behind a ReLU; with
-        # symmetric uint8, and with int8 and zero points, additions are not fused, at half and a tenth of the speed.
+        # ResNet-20 of all int8 layers, batch 32, on AMX: uint8 with zero points 3.5 ms; symmetric int8 3.4 ms, but
+        # half its codes are wasted behind a ReLU; symmetric uint8 5.1 ms; int8 with zero points 32 ms.
         # Held to instructions without 8-bit dot products, OpenVINO saturated with weights of 127.
         numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max())
         return Capabilities(precisions=(FP32, INT8, *FEWER_BITS), channel_multiple=8, numerics=numerics)
