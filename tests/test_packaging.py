@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 
-HEAVY = ("torch", "torchvision", "torch_pruning", "optuna", "onnxruntime", "onnx", "ray", "sklearn", "pandas")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "torch_pruning",
+    "optuna",
+    "onnxruntime",
+    "openvino",
+    "onnx",
+    "ray",
+    "sklearn",
+    "pandas",
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ __all__ = ["Attribution", "Ran", "by_graph_value"]
 
 
 class Ran(Protocol):
-    """A kernel of a runtime's own graph, as an ONNX node has it."""
+    """A kernel of a runtime's own graph, as an ONNX node has it; its name may be a list, separated by commas, of the
+    operators that were fused."""
 
     @property
     def name(self) -> str: ...
@@ -62,9 +63,12 @@ class Attribution:
         for value in kernel.output:
             if value in self._writer:
                 return self._writer[value]
-        name = re.sub(r"(_token_\d+|_nchwc)+$", "", kernel.name)
-        found: NodeProto | None = self._by_name.get(name, self._writer.get(name))
-        return found
+        for part in kernel.name.split(","):
+            name = re.sub(r"(_token_\d+|_nchwc|/WithoutBiases|/Dequantization\w+)+$", "", part)
+            found: NodeProto | None = self._by_name.get(name, self._writer.get(name))
+            if found is not None:
+                return found
+        return None
 
 
 def _readers_of_tensors(graph: GraphProto) -> dict[str, NodeProto]:

@@ -66,5 +66,19 @@ def _simulated(spec: BackendSpec) -> Backend:
     return SimulatedBackend(spec)
 
 
+def _openvino(spec: BackendSpec) -> Backend:
+    try:
+        from autocomp.engines.openvino_cpu import OpenVinoBackend
+    except ModuleNotFoundError as error:
+        if error.name != "openvino":
+            raise
+        raise ConfigError("the engine openvino is not installed: pip install 'autocomp[openvino]'") from error
+    return OpenVinoBackend(spec)
+
+
 # The factories import their runtime only when they are called.
-BACKENDS: Mapping[str, Callable[[BackendSpec], Backend]] = {"onnxruntime": _onnxruntime, "simulated": _simulated}
+BACKENDS: Mapping[str, Callable[[BackendSpec], Backend]] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "simulated": _simulated,
+}

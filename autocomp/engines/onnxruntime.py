@@ -1,11 +1,8 @@
 """ONNX Runtime on the CPU: the embedded default engine."""
 
 import json
-import os
-import platform
 import re
 import time
-from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -20,6 +17,7 @@ from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.onnx_graph import parse
+from autocomp.engines.processor import cpu_device, weight_max
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes
@@ -35,9 +33,6 @@ _SILENT = 4  # only fatal messages
 _WARM_RUNS = 3  # before a profile counts
 _RUN = "model_run"
 _KERNEL = "_kernel_time"  # behind a node's name in a profile
-# Instruction sets that decide how fast, and how exactly, 8-bit products are computed.
-_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
-_EXACT = frozenset({"avx_vnni", "avx512_vnni", "asimddp"})
 
 
 class OnnxRuntimeBackend:
@@ -55,15 +50,10 @@ class OnnxRuntimeBackend:
 
     @property
     def device(self) -> DeviceInfo:
-        model, flags = _processor()
-        details = (("cpu", model), ("instructions", " ".join(flags)), ("cpus", str(os.cpu_count())))
-        slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", model.lower())).strip("-")
-        return DeviceInfo(f"{slug}-{self._threads}t", f"onnxruntime {ort.__version__}", self._threads, details)
+        return cpu_device(f"onnxruntime {ort.__version__}", self._threads)
 
     def capabilities(self) -> Capabilities:
-        # Without 8-bit dot products x86 adds pairs of products in 16 bits: larger weight codes would saturate.
-        weight_max = 127 if _EXACT.intersection(_processor()[1]) else 63
-        numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max)
+        numerics = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max())
         return Capabilities(precisions=(FP32, INT8, *FEWER_BITS), channel_multiple=8, numerics=numerics)
 
     def build(self, onnx: bytes) -> "OnnxRuntimeEngine":
@@ -203,17 +193,3 @@ def _session(onnx: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
         return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
     except _FAILURES as error:
         raise EngineError(f"onnxruntime cannot build the model: {one_line(error)}") from error
-
-
-@cache
-def _processor() -> tuple[str, tuple[str, ...]]:
-    """Name of the processor and those of its instruction sets that matter to int8."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        model = platform.processor() or platform.machine()
-        return model, ("asimddp",) if platform.machine() == "arm64" else ()
-    names = re.search(r"^(?:model name|Hardware)\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    present = frozenset(flags[1].split()) if flags else frozenset[str]()
-    return names[1].strip() if names else platform.machine(), tuple(name for name in _SETS if name in present)

@@ -23,6 +23,8 @@ def model() -> Case:
 
 @pytest.fixture(params=sorted(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Backend:
+    if request.param == "openvino":
+        pytest.importorskip("openvino", reason="openvino is not installed: pip install 'autocomp[openvino]'")
     return make_backend(BackendSpec(request.param, batch=BATCH))
 
 
@@ -116,7 +118,7 @@ def test_outputs_repeat(backend: Backend, model: Case) -> None:
 
 
 def test_unknown_backend_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="onnxruntime, simulated"):
+    with pytest.raises(ConfigError, match="onnxruntime, openvino, simulated"):
         make_backend(BackendSpec("warp"))
 
 

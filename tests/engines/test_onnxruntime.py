@@ -8,7 +8,8 @@ import pytest
 from onnx import helper
 
 from autocomp.engines import BackendSpec
-from autocomp.engines.onnxruntime import OnnxRuntimeBackend, _processor
+from autocomp.engines.onnxruntime import OnnxRuntimeBackend
+from autocomp.engines.processor import processor
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import Policy
 from tests.engines.conftest import Case
@@ -20,14 +21,14 @@ CPUINFO = "processor\t: 0\nmodel name\t: Imaginary(R) Chip(TM) CPU @ 2.00GHz\nfl
 def test_weights_stay_small_where_products_saturate(
     flag: str, weight_max: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _processor.cache_clear()
+    processor.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", lambda self: CPUINFO.format(flag))
         backend = OnnxRuntimeBackend(BackendSpec(threads=2))
         assert backend.capabilities().numerics.weight_max == weight_max
         assert backend.device.name == "imaginary-chip-2t"
         assert dict(backend.device.details)["instructions"].split() == ["avx2", *flag.split()]
-    _processor.cache_clear()
+    processor.cache_clear()
 
 
 def test_device_has_no_other_hardware() -> None:

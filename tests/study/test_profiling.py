@@ -66,7 +66,7 @@ def test_more_engines_leave_less_to_guess(subject: Subject) -> None:
 
 
 def test_no_engine_is_begun_once_the_time_is_over(subject: Subject) -> None:
-    ticks = iter([0.0, 0.0, 5.0, 11.0])
+    ticks = iter([0.0, 5.0, 11.0])
     steps: list[Survey] = []
     survey(subject, empty(subject), 10.0, 100, steps.append, clock=lambda: next(ticks))
     assert len(steps) == 2
