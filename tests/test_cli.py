@@ -370,10 +370,11 @@ def test_profiles_are_listed_with_their_standing(
     (folder / "hardware_profiles" / "torn" / "profile.toml").write_text("format = 1\n")
     assert run("profile", "list") == 0
     listed = {line.split()[0]: line.split()[1] for line in capfd.readouterr().out.splitlines()}
-    assert listed == {
+    expected = {
         "board": "measured,", "simulated": "described", "simulated-1t": "measured", "simulated-2t": "stale",
         "torn": "unreadable",
     }  # fmt: skip
+    assert listed.items() >= expected.items()  # this machine's own profile may have been built meanwhile
     assert run("profile", "list", "--json") == 0
     found = {row["name"]: row["standing"] for row in json.loads(capfd.readouterr().out)}
     assert found["board"] == "foreign" and found["simulated-2t"] == "stale"
