@@ -20,7 +20,7 @@ from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
 from autocomp.study.loading import data_options
-from autocomp.study.profiles import predict_policy
+from autocomp.study.profiles import check_profile, predict_policy
 from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
@@ -33,6 +33,7 @@ __all__ = [
     "Interrupted",
     "apply_policy",
     "build_profile",
+    "check_profile",
     "load_result",
     "measure",
     "predict_policy",

@@ -26,8 +26,9 @@ from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
-from autocomp.study.profiles import PolicyLatency
+from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
+from autocomp.study.staleness import Drift
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,11 +86,16 @@ class FakeApi:
         print("a library chats")
         return self._answer("run_sensitivity", config), Path("runs/s")
 
-    def build_profile(self, jobs: Any, seconds: float, root: Path | None, observer: Any, progress: Any) -> Any:
+    def check_profile(self, profile: HardwareProfile, config: SearchConfig, observer: Any) -> Any:
+        return self._answer("check_profile", profile, config)
+
+    def build_profile(
+        self, jobs: Any, seconds: float, root: Path | None, observer: Any, progress: Any, *, fresh: bool
+    ) -> Any:
         observer(Note("a note"))
         progress(Progress("m:f", 1, 7, 5, 0.1, 9.0, 9.0))
         print("a library chats")
-        return self._answer("build_profile", jobs, seconds, root)
+        return self._answer("build_profile", jobs, seconds, root, *["fresh"] * fresh)
 
     def predict_policy(self, policy: Policy, config: SearchConfig, profile: Any, observer: Any) -> Any:
         return self._answer("predict_policy", policy, config, profile)
@@ -380,7 +386,27 @@ def test_profiles_are_listed_with_their_standing(
     assert found["board"] == "foreign" and found["simulated-2t"] == "stale"
     assert run("profile", "show", "simulated-2t") == 0
     out = capfd.readouterr().out
-    assert "stale on this machine: device was cpu: 6502, is unknown" in out and "autocomp profile build" in out
+    command = "autocomp profile build --fresh --engine simulated --threads 2 --hardware simulated"
+    assert f"stale on this machine: device was cpu: 6502, is unknown; build it again with '{command}'" in out
+    assert run("profile", "show", "simulated-2t", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["rebuild"] == command
+
+
+@pytest.mark.parametrize(("measured_ms", "status"), [(11.1, 3), (8.9, 3), (10.5, 0)])
+def test_a_check_says_what_is_stale_and_leaves_with_3(
+    board: HardwareProfile, api: FakeApi, capfd: pytest.CaptureFixture[str], measured_ms: float, status: int
+) -> None:
+    drift = Drift("zoo:resnet8", 4, 10.0, measured_ms)
+    api.outcome = Checked(Standing("measured"), (drift,), "autocomp profile build --fresh" if drift.stale else "")
+    assert run("profile", "check", "board") == status
+    out = capfd.readouterr().out
+    assert f"takes {measured_ms:.3g} ms, the profile says 10 ms" in out
+    assert ("build it again with 'autocomp profile build --fresh'" in out) == bool(status)
+    assert run("profile", "check", "board", "--json") == status
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["standing"] == ("stale" if status else "measured") and printed["drifts"][0]["stale"] == bool(status)
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `profile check`")[1]
+    assert all(f"`{name}`" in documented for name in (*printed, *printed["drifts"][0]))
 
 
 def test_a_profile_is_shown(board: HardwareProfile, capfd: pytest.CaptureFixture[str]) -> None:
@@ -466,6 +492,7 @@ def test_profiles_are_compared(board: HardwareProfile, folder: Path, capfd: pyte
         ("lookup --hardware board --policy gone.json", "no policy file gone.json"),
         ("lookup --policy gone.json --op conv", "leave out --op"),
         ("lookup --policy gone.json --size wide", "the side of the images"),
+        ("check gone", "unknown hardware profile 'gone'"),
         ("diff board gone", "unknown hardware profile 'gone'"),
         ("show torn", "threads, date, measured missing"),
         ("show newer", "its format is not 1"),
@@ -503,6 +530,8 @@ def test_build_passes_its_jobs_and_prints_what_it_made(
     api.outcome = KeyboardInterrupt()
     assert run("profile", "build") == 130
     assert "the same command goes on" in capfd.readouterr().err
+    assert run("profile", "build", "--fresh") == 130
+    assert "the same command without --fresh goes on" in capfd.readouterr().err and api.calls[-1][-1] == "fresh"
 
 
 def test_a_policy_is_looked_up(
@@ -583,6 +612,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         own.save(folder / "hardware_profiles")
         (folder / "runs" / "half" / "policy.json").write_text(json.dumps(Policy().to_json()))
         api.outcome = Built(board, Path("x"), 7, 0, 5, 9.0)
+        if "profile check" in line:
+            api.outcome = Checked(Standing("measured"), (), "")
         if "--policy" in line:
             api.outcome = PolicyLatency(Prediction(1.5, 0.1, 1.0), 4, {}, 0.5)
     assert run(*shlex.split(line)[1:]) == 0

@@ -171,6 +171,8 @@ class HardwareProfile:
             path = folder / "engines.csv"
             engines = _rows(path, _ENGINE_COLUMNS, _engine_time, optional=("data",))
             return cls(**values, kernels=kernels, engines=engines)
+        except csv.Error as error:
+            raise ConfigError(f"{path}: it is torn ({error}): profile the device again") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, InputError) as error:
             raise ConfigError(f"{path}: {error}") from error
 

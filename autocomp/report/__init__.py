@@ -5,6 +5,7 @@ from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
     estimate_json,
+    print_checked,
     print_difference,
     print_estimated,
     print_policy,
@@ -17,6 +18,7 @@ __all__ = [
     "BuildScreen",
     "LiveScreen",
     "estimate_json",
+    "print_checked",
     "print_difference",
     "print_estimate",
     "print_estimated",

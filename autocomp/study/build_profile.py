@@ -144,6 +144,8 @@ def build_profile(
     observer: Observer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float] = monotonic,
+    *,
+    fresh: bool = False,
 ) -> Built:
     """Measure the kernels of each job's model and space, the most uncertain first, for each batch in turn.
 
@@ -156,6 +158,7 @@ def build_profile(
         root: the folder that profiles are kept in; None for the user's own.
         observer: told of phases and notes.
         progress: told after every engine.
+        fresh: begin with an empty profile, whatever the folder holds.
 
     Raises:
         InputError: something does not fit, or the profile there cannot be read or written.
@@ -170,7 +173,7 @@ def build_profile(
         observer(Note(text))
 
     device = make_backend(backend_spec(jobs[0].config)).device
-    profile = _existing(device, root, note)
+    profile = _empty(device) if fresh else _existing(device, root, note)
     place = root if root is not None else resources.writable("hardware_profiles")
     known, spent, engines, busy = len(profile.kernels), 0.0, 0, 0
     left = sum(len(job.batches) for job in jobs)
@@ -254,7 +257,7 @@ def _existing(device: DeviceInfo, root: Path | None, note: Callable[[str], None]
         ConfigError: it cannot be read.
     """
     folder = root / device.name if root is not None else resources.available("hardware_profiles").get(device.name)
-    empty = HardwareProfile.of(device, date.today(), str(PROTOCOL))
+    empty = _empty(device)
     if folder is None or not (folder / "profile.toml").exists():
         return empty
     try:
@@ -267,3 +270,7 @@ def _existing(device: DeviceInfo, root: Path | None, note: Callable[[str], None]
     why = f"stale ({'; '.join(differences)})" if profile.measured else "described, not measured"
     note(f"the profile {device.name} was {why}: it is replaced")
     return empty
+
+
+def _empty(device: DeviceInfo) -> HardwareProfile:
+    return HardwareProfile.of(device, date.today(), str(PROTOCOL))

@@ -114,6 +114,8 @@ def test_a_wrong_profile_is_refused_by_name(tmp_path: Path, old: str, new: str, 
         ("3x3", "3y3", "line 2 is torn"),
         (",0.25,0.01,100", ",0.2", "line 2 is torn"),
         ("0.25", "fast", "line 2 is torn"),
+        (",0.25,", ",,", "line 2 is torn"),
+        ("conv", '"' + 140_000 * "x", "it is torn"),
         ("median_ms", "mean_ms", "first line"),
     ],
 )
