@@ -183,7 +183,11 @@ def test_json_may_be_asked_for_in_the_file_and_taken_back(
     ("outcome", "status", "line"),
     [
         (ModelError("no such\nmodel"), 2, "autocomp: no such model"),
-        (InfeasibleError("the floor is 9 ms: relax the budget"), 3, "autocomp: the floor is 9 ms: relax the budget"),
+        (
+            InfeasibleError("the floor is 9 ms: relax the budget", {"ratio": 0.4}),
+            3,
+            "autocomp: the floor is 9 ms: relax the budget",
+        ),
         (EngineError("refused"), 3, "autocomp: refused"),
         (KeyboardInterrupt("stopped; go on with: autocomp resume runs/x"), 130, "autocomp resume runs/x"),
         (KeyboardInterrupt(), 130, "autocomp: interrupted before the run began"),
@@ -205,7 +209,7 @@ def test_failures_are_one_line_and_a_status(
     assert run(*command, "--json") == status
     out = capfd.readouterr().out
     if status == 3:
-        assert json.loads(out) == {"verified": False, "error": str(outcome)}
+        assert json.loads(out) == {"verified": False, "error": str(outcome), "floor": getattr(outcome, "floor", None)}
     else:
         assert out == ""
 

@@ -31,7 +31,7 @@ from autocomp.cli.flags import (
 from autocomp.cli.output import INTERRUPTED, console, fail, print_json, quiet_stdout
 from autocomp.cli.profiles import profiles
 from autocomp.cli.spaces import spaces
-from autocomp.errors import AutocompError, InputError
+from autocomp.errors import AutocompError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
     from autocomp.outcome import Observer, SearchResult
@@ -280,7 +280,8 @@ def _conduct(work: Callable[["Observer"], "SearchResult"], *, as_json: bool) -> 
             print_result(result, screen_and_table)
     except AutocompError as error:
         if as_json and not isinstance(error, InputError):
-            print_json({"verified": False, "error": str(error)})
+            floor = error.floor if isinstance(error, InfeasibleError) else None
+            print_json({"verified": False, "error": str(error), "floor": floor})
         raise
     except KeyboardInterrupt as error:
         # Raised again it would meet the parser's own handler, which knows nothing of the run folder.

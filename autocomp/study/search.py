@@ -15,10 +15,12 @@ from autocomp.protocols import Controller, Engine
 from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
+from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.guidance import guidance
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
+from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import initial_policies, quick_sensitivity
 from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
@@ -112,7 +114,9 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
     executor = make_executor(bench.config.executor, trials)
     study = Study(run, executor, observer)
     try:
-        for plan in _plans(bench, _controller(bench, limits, prologue.reference, run, observer)):
+        sensitivity = quick_sensitivity(bench, run, observer)
+        controller = _controller(bench, limits, prologue.reference, sensitivity, run, observer)
+        for plan in _plans(bench, controller):
             study.explore(plan)
     finally:
         executor.close()
@@ -146,6 +150,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         predicted=not bench.backend.measures,
         layers=layer_choices(bench.traced.graph, best.policy) if best is not None else (),
         trust=trust,
+        effects=explained(bench, best.policy, sensitivity, run.folder) if best is not None else (),
     )
     ship(bench, run, result, study.results)
     return result
@@ -189,10 +194,16 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     return limits, estimates[0]
 
 
-def _controller(bench: Workbench, limits: Limits, reference: Engine, run: Run, observer: Observer) -> Controller:
+def _controller(
+    bench: Workbench,
+    limits: Limits,
+    reference: Engine,
+    sensitivity: Sensitivity | None,
+    run: Run,
+    observer: Observer,
+) -> Controller:
     """The one that was asked for, with what is known before the first trial; evolution where that is too little."""
     config = bench.config
-    sensitivity = quick_sensitivity(bench, run, observer)
     if config.controller != "guided":
         initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
         return make_controller(config.controller, bench.space, config.seed, initial)

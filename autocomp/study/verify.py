@@ -6,10 +6,10 @@ from functools import partial
 from math import ceil
 
 from autocomp.budget import Budget
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh
+from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh, merge
 from autocomp.errors import EngineError
 from autocomp.outcome import Note, Observer, Stage
-from autocomp.protocols import Engine
+from autocomp.protocols import Backend, Engine
 from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
@@ -134,6 +134,7 @@ def admit(
     onnx: bytes,
     reference: bytes,
     spec: BackendSpec,
+    backend: Backend,
     limits: Limits,
     macs: int,
     confidence: float,
@@ -145,11 +146,15 @@ def admit(
     A relative latency budget is judged on the paired ratio of interleaved blocks, an absolute one on the raw times.
 
     Args:
+        spec, backend: of the engine, for other processes and for this one.
         limits: with the latency that the uncompressed engine usually has.
         confidence: of the two-sided bounds; 1 - 0.05 / K when at most K finalists are tried.
         patience: waits for the device to run as usual.
     """
-    take = partial(measure_fresh, spec, onnx, reference, protocol)
+    if backend.measures:
+        take = partial(measure_fresh, spec, onnx, reference, protocol)
+    else:
+        take = partial(_computed, backend, onnx, reference, protocol)
     timing = patience.measure(take, limits.latency_ms["p50"])
     size_bytes = initializer_bytes(onnx)
     few = _too_few(timing, statistics_of(limits.budgets), protocol.builds)
@@ -162,6 +167,13 @@ def admit(
     ]
     latency = estimate(timing, statistics_of(limits.budgets)[0], confidence)
     return Verdict(not reasons, latency, size_bytes, "; ".join(reasons) or None)
+
+
+def _computed(backend: Backend, onnx: bytes, reference: bytes, protocol: TimingProtocol) -> Timing:
+    """Of an engine whose times are computed: in another process they would be the same."""
+    with backend.build(onnx) as candidate, backend.build(reference) as beside:
+        builds = [compare(candidate, beside, protocol, build) for build in range(protocol.builds)]
+    return merge(builds, protocol.max_drift)
 
 
 def _too_few(timing: Timing, statistics: Sequence[str], builds: int) -> str | None:
@@ -220,8 +232,9 @@ def verify_role(
             try:
                 protocol = verification_protocol(statistics_of(trials.limits.budgets))
                 verdict = admit(
-                    onnx, reference, spec, trials.current(), trial.macs or 0, 1 - 0.05 / attempts, protocol, patience
-                )
+                    onnx, reference, spec, trials.backend, trials.current(), trial.macs or 0, 1 - 0.05 / attempts,
+                    protocol, patience,
+                )  # fmt: skip
             except EngineError as error:
                 observer(Note(f"{trial.role}: trial {trial.number} could not be verified: {error}"))
                 continue
