@@ -21,6 +21,7 @@ from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
 from autocomp.study.loading import data_options
 from autocomp.study.profiles import check_profile, predict_policy
+from autocomp.study.recheck import Verification, verify_run
 from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
@@ -41,6 +42,7 @@ __all__ = [
     "run_search",
     "run_sensitivity",
     "search",
+    "verify",
 ]
 
 LIVE = "object:"
@@ -157,6 +159,24 @@ def load_result(run: Path) -> SearchResult:
         raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
     front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
     return SearchResult.from_json({**data, "run": str(run)}, front)
+
+
+def verify(run: Path, observer: Observer | None = None) -> Verification:
+    """Measure what a run shipped again, on fresh engines in fresh processes on this device, and judge its budgets.
+
+    Needs the run's folder and its engine, neither model nor data. A run that was predicted for this device becomes a
+    measured one, and its report is written anew.
+
+    Raises:
+        RunError: the folder is no finished run, or not whole.
+        InputError: its engine is not here, or only estimates.
+    """
+    result = load_result(run)
+    with Run.open(run) as opened:
+        found = verify_run(opened, result, observer or _silent)
+    if found.changed:
+        write_report(found.result, run)
+    return found
 
 
 def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:

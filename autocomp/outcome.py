@@ -11,6 +11,7 @@ from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate, TrialResult
 
 __all__ = [
+    "PREDICTED",
     "ChoiceEffect",
     "Contender",
     "Event",
@@ -26,6 +27,8 @@ __all__ = [
     "layer_choices",
 ]
 
+PREDICTED = "latencies are "
+"""How the note of a run begins that did not measure."""
 ROLES = ("reference", "best", "uniform", "random")
 """Rows of the closing table, in order."""
 

@@ -27,8 +27,10 @@ from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
+from autocomp.study.recheck import Verification
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from autocomp.study.staleness import Drift
+from autocomp.study.verify import Verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +74,11 @@ class FakeApi:
     def resume(self, run: Path, observer: Callable[..., None]) -> Any:
         observer(Phase("search", 4))
         return self._answer("resume", run)
+
+    def verify(self, run: Path, observer: Callable[..., None]) -> Any:
+        observer(Phase("verify"))
+        print("a library chats")
+        return self._answer("verify", run)
 
     def load_result(self, run: Path) -> Any:
         return self._answer("load_result", run)
@@ -556,6 +563,28 @@ def test_a_policy_is_looked_up(
     assert json.loads(capfd.readouterr().out) == {"device": "board", **api.outcome.to_json()}
 
 
+def verification(reason: str | None = None) -> Verification:
+    return Verification(
+        Verdict(reason is None, estimate(0.5), 4000, reason), 0.95, {"name": "cpu", "engine": "e 1"}, finished(), True
+    )
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, 0), ("p50 0.6x is over 0.5x", 3)])
+def test_verify_prints_its_verdict_and_leaves_with_it(
+    api: FakeApi, capfd: pytest.CaptureFixture[str], reason: str | None, status: int
+) -> None:
+    api.outcome = verification(reason)
+    assert run("verify", "runs/x") == status
+    assert api.calls == [("verify", Path("runs/x"))]
+    out = capfd.readouterr().out
+    assert (reason or "Verified: within 15ms, on cpu with e 1, bounds at 95 %") in out and "ratio: 0.500" in out
+    assert run("verify", "runs/x", "--json") == status
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["verified"] is (status == 0) and printed["reason"] == reason
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `verify`")[1]
+    assert all(f"`{name}`" in documented for name in printed)
+
+
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 14, 0)])
 def test_other_pythons_are_refused(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], version: tuple[int, ...]
@@ -609,6 +638,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
     (folder / "runs" / "half").mkdir(parents=True)
     if " measure " in line:
         api.outcome = estimate(0.5)
+    if " verify " in line:
+        api.outcome = verification()
     if " sensitivity" in line:
         api.outcome = sensitivity()
     if " profile " in line:

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -126,6 +127,28 @@ def resume(
         return api.resume(run, observer)
 
     _conduct(work, as_json=bool(json))
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    json: AsJson = None,
+) -> None:
+    """Measure what a run shipped again on this device, on fresh engines in fresh processes, and judge its budgets."""
+    from autocomp import api
+    from autocomp.report import LiveScreen, print_verification
+
+    screen_and_table = console(sys.stderr if json else sys.stdout)
+    try:
+        with quiet_stdout() if json else nullcontext(), LiveScreen(screen_and_table) as screen:
+            found = api.verify(run, screen)
+    except KeyboardInterrupt:
+        fail("interrupted: the run is as it was, start again", INTERRUPTED)
+    if json:
+        print_json(found.to_json())
+    else:
+        print_verification(found, screen_and_table)
+    sys.exit(0 if found.verdict.admitted else NOTHING_VERIFIED)
 
 
 @app.command()

@@ -9,10 +9,10 @@ from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ModelError
 from autocomp.hardware import LatencyTable
-from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
+from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
-from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
+from autocomp.results import LatencyEstimate, Score, TimingProtocol
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
 from autocomp.study.explain import explained
@@ -29,6 +29,7 @@ from autocomp.study.trust import gauge
 from autocomp.study.verify import (
     Finalist,
     Verdict,
+    reference_latency,
     select,
     statistics_of,
     verification_protocol,
@@ -165,9 +166,7 @@ def _data_notes(bench: Workbench) -> Sequence[str]:
     if not bench.splits.labelled:
         notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
     if not bench.backend.measures:
-        notes.append(
-            f"latencies are estimates of a described device ({bench.backend.device.name}), nothing is verified"
-        )
+        notes.append(f"{PREDICTED}estimates of a described device ({bench.backend.device.name}), nothing is verified")
     return notes
 
 
@@ -276,10 +275,7 @@ def _contenders(
     baseline = predict(trials.reference, bench.splits.test)
     best = winners.get("best")
     if best is not None:
-        verified = best[1].latency
-        reference = LatencyEstimate(
-            verified.statistic, verified.reference_ms, verified.reference_ms, Interval(1.0, 1.0, 1.0), verified.samples
-        )
+        reference = reference_latency(best[1].latency)
     search, held_out, test = (
         found.accuracy if labelled else None for found in (trials.scorer.reference, selection.reference, baseline)
     )

@@ -10,13 +10,22 @@ from autocomp.engines import BackendSpec, compare, device_lock, estimate, initia
 from autocomp.errors import EngineError
 from autocomp.outcome import Note, Observer, Stage
 from autocomp.protocols import Backend, Engine
-from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.results import Interval, LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
 from autocomp.study.steady import DRIFT, Patience
 from autocomp.study.trial import Limits, Trials
 
-__all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verification_protocol", "verify_role"]
+__all__ = [
+    "Finalist",
+    "Verdict",
+    "admit",
+    "reference_latency",
+    "select",
+    "statistics_of",
+    "verification_protocol",
+    "verify_role",
+]
 
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
@@ -55,6 +64,12 @@ def statistics_of(budgets: Sequence[Budget]) -> tuple[str, ...]:
     """The latency statistics judged, in the budgets' order; p50 where no latency is budgeted."""
     found = tuple(dict.fromkeys(budget.statistic for budget in budgets if budget.statistic is not None))
     return found or ("p50",)
+
+
+def reference_latency(verified: LatencyEstimate) -> LatencyEstimate:
+    """The uncompressed engine's, from a measurement beside it."""
+    own = verified.reference_ms
+    return LatencyEstimate(verified.statistic, own, own, Interval(1.0, 1.0, 1.0), verified.samples)
 
 
 def verification_protocol(statistics: Sequence[str], builds: int = 5, blocks: int = 8) -> TimingProtocol:
