@@ -29,6 +29,8 @@ __all__ = ["PICTURE", "REPORT", "render", "write_report"]
 
 REPORT, PICTURE, EFFECTS = "report.md", "pareto.png", "choices.png"
 MAX_FAILURES = 10
+MEASURED = "Latencies and ratios are of the engine, with confidence bounds; accuracy is the engine's"
+PREDICTED = "Latencies and ratios are predicted, nothing was measured; accuracy is of the engine's numerics"
 
 
 def write_report(result: SearchResult, folder: Path) -> None:
@@ -129,8 +131,8 @@ def _contenders(result: SearchResult) -> str:
             (
                 main,
                 remarks.strip(),
-                "Latencies and ratios are of the engine, with confidence bounds; accuracy is the engine's on the test "
-                "split, its change paired with the uncompressed engine's on the same images (95% interval).",
+                f"{PREDICTED if result.predicted else MEASURED} on the test split, its change paired with the "
+                "uncompressed engine's on the same images (95% interval).",
                 "Accuracy that guided the choices, not to be compared with the test split's:",
                 evidence,
             ),

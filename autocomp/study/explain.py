@@ -12,6 +12,7 @@ from autocomp.hardware import HardwareProfile, Kernel, Predictor, kernels_of
 from autocomp.outcome import ChoiceEffect
 from autocomp.policy import FP32, Policy, Precision
 from autocomp.results import Interval
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.sensitivity import Choice, Kind, Sensitivity
 from autocomp.study.starts import losses_of
 from autocomp.study.workbench import Workbench
@@ -132,6 +133,8 @@ def _text(graph: LayerGraph, name: str, option: Choice) -> str:
 
 
 def _profile(bench: Workbench, run: Path) -> HardwareProfile | None:
+    if isinstance(bench.backend, PredictedBackend):
+        return bench.backend.known
     device = bench.backend.device
     known = resources.available("hardware_profiles").get(device.name)
     for folder in (run / "profile" / device.name, known):

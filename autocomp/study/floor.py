@@ -12,6 +12,7 @@ from autocomp.hardware import ENTRY
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.profiling import by_layer
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import EditEmitter, Workbench
@@ -97,6 +98,9 @@ def _shares(bench: Workbench, policy: Policy, metric: Metric) -> list[tuple[str,
         left = [layer for layer in graph.layers if layer.weight in shapes]
         bits = {layer.name: policy.precision(layer.name).weight_bits for layer in left}
         parts = {layer.name: float(prod(shapes[layer.weight]) * bits[layer.name]) for layer in left}
+    elif metric == "latency" and isinstance(bench.backend, PredictedBackend):
+        parts = bench.backend.layer_ms(policy)
+        parts.pop(ENTRY, None)
     elif metric == "latency" and isinstance(bench.emitter, EditEmitter):
         onnx = bench.emitter.skeleton(policy)
         with device_lock(bench.backend.device):

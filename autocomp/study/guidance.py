@@ -16,6 +16,7 @@ from autocomp.outcome import Note, Observer, Phase, Step
 from autocomp.policy import Policy, Precision
 from autocomp.protocols import Engine
 from autocomp.study.knowledge import Terms, layer_terms, losses, shape_terms, terms_of
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.profiling import PROTOCOL, Subject, quiet_ms, survey
 from autocomp.study.sensitivity import Sensitivity, stored_bytes
 from autocomp.study.staleness import Drift, expected_ms, rebuild_command
@@ -80,10 +81,13 @@ def obtain_profile(
     kept = folder / "profile"
     if (kept / device.name / "profile.toml").is_file():
         return subject, HardwareProfile.load(kept / device.name)
+    if isinstance(bench.backend, PredictedBackend):
+        bench.backend.known.save(kept)
+        return subject, bench.backend.known
     known = known_profile(bench, observer)
     if known is not None:
         _tell_drift(known, subject, bench.spec.batch, observer)
-    profile = known or HardwareProfile.of(device, date.today(), str(PROTOCOL))
+    profile = known or HardwareProfile.of(device, date.today(), str(PROTOCOL), bench.backend.capabilities())
     observer(Phase("profile", SURVEY_ENGINES))
     seconds = SURVEY_S if bench.backend.measures else float("inf")
     profile = survey(subject, profile, seconds, SURVEY_ENGINES, lambda _: observer(Step()), bench.config.seed)

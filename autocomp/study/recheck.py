@@ -9,7 +9,7 @@ from typing import Any
 
 from autocomp.config import SearchConfig
 from autocomp.data import load_data
-from autocomp.engines import BackendSpec, device_lock, initializer_bytes, make_backend
+from autocomp.engines import device_lock, initializer_bytes, make_backend
 from autocomp.errors import ConfigError, DataError, RunError
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult
 from autocomp.protocols import Backend
@@ -20,6 +20,7 @@ from autocomp.study.score import paired_interval, predict
 from autocomp.study.steady import Patience
 from autocomp.study.trial import Limits
 from autocomp.study.verify import Verdict, admit, reference_latency, statistics_of, verification_protocol
+from autocomp.study.workbench import backend_spec
 
 __all__ = ["Verification", "verify_run"]
 
@@ -80,7 +81,7 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
             "the engine simulated only estimates, its runs cannot be verified: search with another --engine"
         )
     onnx, reference = _shipped(run.folder)
-    spec = BackendSpec(config.engine, config.resolved_batch(), config.threads)
+    spec = replace(backend_spec(config), hardware=None)
     backend = make_backend(spec)
     device = backend.device.to_json()
     here = run.manifest.device.get("name") == device["name"]

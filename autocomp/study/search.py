@@ -18,6 +18,7 @@ from autocomp.study.executors import make_executor
 from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.guidance import guidance
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
 from autocomp.study.sensitivity import Sensitivity
@@ -165,7 +166,9 @@ def _data_notes(bench: Workbench) -> Sequence[str]:
         )
     if not bench.splits.labelled:
         notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
-    if not bench.backend.measures:
+    if isinstance(bench.backend, PredictedBackend):
+        notes.append(bench.backend.note)
+    elif not bench.backend.measures:
         notes.append(f"{PREDICTED}estimates of a described device ({bench.backend.device.name}), nothing is verified")
     return notes
 

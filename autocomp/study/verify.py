@@ -1,16 +1,18 @@
 """Finalists: scored again on images the search never saw, then measured on fresh engines, and admitted or not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, hypot
 
 from autocomp.budget import Budget
 from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh, merge
+from autocomp.engines.label import policy_of
 from autocomp.errors import EngineError
 from autocomp.outcome import Note, Observer, Stage
 from autocomp.protocols import Backend, Engine
 from autocomp.results import Interval, LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
 from autocomp.study.steady import DRIFT, Patience
@@ -27,6 +29,8 @@ __all__ = [
     "verify_role",
 ]
 
+NORMAL = 1.959964
+"""Standard deviations to either side that hold 95 %."""
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
 LOOKED_AT = 5
@@ -181,7 +185,21 @@ def admit(
         if (reason := _broken(budget, timing, limits, macs, size_bytes, confidence)) is not None
     ]
     latency = estimate(timing, statistics_of(limits.budgets)[0], confidence)
+    if isinstance(backend, PredictedBackend):
+        latency = _uncertain(latency, backend, onnx, reference)
     return Verdict(not reasons, latency, size_bytes, "; ".join(reasons) or None)
+
+
+def _uncertain(latency: LatencyEstimate, backend: PredictedBackend, onnx: bytes, reference: bytes) -> LatencyEstimate:
+    """Bounds of 95 % by what the profile does not know; those of the ratio take both errors to be independent."""
+    found, whole = (backend.prediction(policy_of(file)) for file in (onnx, reference))
+    spread = latency.ratio.value * NORMAL * hypot(found.deviation_ms / found.ms, whole.deviation_ms / whole.ms)
+    return replace(
+        latency,
+        latency_ms=Interval(latency.latency_ms.value, *found.interval_ms),
+        reference_ms=Interval(latency.reference_ms.value, *whole.interval_ms),
+        ratio=Interval(latency.ratio.value, max(latency.ratio.value - spread, 0.0), latency.ratio.value + spread),
+    )
 
 
 def _computed(backend: Backend, onnx: bytes, reference: bytes, protocol: TimingProtocol) -> Timing:
