@@ -190,10 +190,10 @@ def prepare(
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
-    """For trials, in milliseconds a policy, and for finalists, in seconds."""
+    """For trials, in milliseconds a policy that drops no branch, and for finalists, in seconds."""
     images = min(config.calibration_images, len(splits.calibration))
     finishing = Recipe(seed=config.seed, images=images, reconstruction="sequential")
-    return replace(finishing, reconstruction="closed_form", rounding="nearest"), finishing
+    return replace(finishing, reconstruction="auto", rounding="nearest"), finishing
 
 
 def backend_spec(config: SearchConfig) -> BackendSpec:
