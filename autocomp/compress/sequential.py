@@ -22,6 +22,7 @@ __all__ = ["solve_in_sequence"]
 
 ACTIVATIONS_BYTES = 10**9  # of the maps that both models hold at once; fewer images where they would be larger
 PATCHES_BYTES = 256 * 10**6  # of one layer's unfolded inputs; larger layers keep their closed-form solution
+LEAST_ROWS = 2  # samples a feature; fewer would be followed into their noise
 RECTIFIED = 3  # passes in which outputs that a ReLU cuts off anyway may stay where they fall
 
 
@@ -171,17 +172,19 @@ class _Solver:
         return now == before and same.issuperset(now) and all(torch.equal(old[key], new[key]) for key in new)
 
     def _solve(self, layer: Layer) -> dict[str, Tensor]:
-        """Weight and bias of a layer; none where it is too wide for its patches to be held."""
+        """Weight and bias of a layer; none where samples are too few, or too wide for enough of them to be held."""
         weight, bias = self._tensors[layer.weight], self._tensors[layer.bias]
         read = self._compressed[value_of(self._compressed.nodes[layer.node].all_input_nodes[0])]
         groups = weight.shape[0] if layer.depthwise else layer.groups
         features = weight[0].numel()
         rows = min(max(MIN_ROWS, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
-        if rows < 2 * features:
+        if rows < LEAST_ROWS * features:
             return {}
         generator = torch.Generator().manual_seed(self._recipe.seed)  # a layer's own: others may be skipped
         chosen = draw_positions(read, layer, -(-rows // len(read)), generator)
         patches = patches_at(read, layer, chosen)
+        if len(patches) < LEAST_ROWS * features:
+            return {}
         inputs = patches.reshape(len(patches), groups, features).transpose(0, 1)
         fit = _Fit.of(inputs, weight.reshape(groups, -1, features), self._recipe.ridge)
         target, beside, rectified = self._target(layer, chosen)

@@ -184,7 +184,7 @@ def prepare(
     statistics = collect(traced, to_tensor(images), recipe)
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
-    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, len(images)), *notes)
+    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
     made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
     return Workbench(*made, images, statistics, notes)
 
