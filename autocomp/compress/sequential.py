@@ -22,6 +22,7 @@ __all__ = ["solve_in_sequence"]
 
 ACTIVATIONS_BYTES = 10**9  # of the maps that both models hold at once; fewer images where they would be larger
 PATCHES_BYTES = 256 * 10**6  # of one layer's unfolded inputs; larger layers keep their closed-form solution
+IMAGE_ROWS = 64  # of one image: neighbouring positions tell little more, narrow layers do without
 LEAST_ROWS = 2  # samples a feature; fewer would be followed into their noise
 RECTIFIED = 3  # passes in which outputs that a ReLU cuts off anyway may stay where they fall
 
@@ -177,7 +178,8 @@ class _Solver:
         read = self._compressed[value_of(self._compressed.nodes[layer.node].all_input_nodes[0])]
         groups = weight.shape[0] if layer.depthwise else layer.groups
         features = weight[0].numel()
-        rows = min(max(MIN_ROWS, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
+        least = min(MIN_ROWS, IMAGE_ROWS * len(read))
+        rows = min(max(least, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
         if rows < LEAST_ROWS * features:
             return {}
         generator = torch.Generator().manual_seed(self._recipe.seed)  # a layer's own: others may be skipped
