@@ -161,7 +161,8 @@ class Recipe:
         importance: which channels of a group go first (see ``compress/importance.py``).
         reconstruction: ``closed_form`` solves each reading layer for the original output from statistics of the
             unpruned model; ``sequential`` solves every layer again on what the compressed layers before it really
-            give, in seconds instead of milliseconds; ``none`` only slices.
+            give, in seconds instead of milliseconds; ``auto`` does so, on few images, for policies that drop
+            branches and takes the closed form for all others; ``none`` only slices.
         ridge: of the closed-form solve, as a fraction of the mean variance of the layer's inputs.
         recalibration: of the normalised layers' statistics; ``auto`` keeps it where it lowers the divergence
             on the calibration split.
@@ -181,7 +182,7 @@ class Recipe:
     """
 
     importance: Importance = "least_error"
-    reconstruction: Literal["closed_form", "sequential", "none"] = "closed_form"
+    reconstruction: Literal["closed_form", "sequential", "auto", "none"] = "closed_form"
     ridge: float = 1e-3
     recalibration: Literal["auto", "always", "never"] = "auto"
     ranges: Literal["minmax", "percentile", "entropy", "mse"] = "minmax"

@@ -34,7 +34,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     """One real search of the default job on ONNX Runtime, through the command line."""
     folder = tmp_path_factory.mktemp("default")
     done = command(
-        "search", "--budget", "0.9x", "--trials", "6", "--baseline-trials", "2", "--json", "--out", "run", cwd=folder
+        "search", "--budget", "0.9x", "--trials", "6", "--baseline-trials", "2", "--finalists", "2",
+        "--calibration-images", "512", "--json", "--out", "run", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1

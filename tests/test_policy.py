@@ -22,7 +22,7 @@ policies = st.builds(
 )
 recipes = st.builds(
     Recipe,
-    reconstruction=st.sampled_from(["closed_form", "sequential", "none"]),
+    reconstruction=st.sampled_from(["closed_form", "sequential", "auto", "none"]),
     ridge=st.floats(0, 1),
     recalibration=st.sampled_from(["auto", "always", "never"]),
     ranges=st.sampled_from(["minmax", "percentile", "entropy", "mse"]),

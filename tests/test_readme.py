@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-FEW = ["--trials", "14", "--baseline-trials", "1", "--finalists", "1", "--calibration-images", "128"]
+FEW = ["--trials", "4", "--baseline-trials", "1", "--finalists", "1", "--calibration-images", "128"]
 FEW += ["--search-images", "100", "--selection-images", "100"]
+SIMULATED = ["--engine", "simulated", "--trials", "14"]
+"""A busy machine may reach no 0.5x, and later lines need the run in runs/half."""
 
 
 def commands(root: Path) -> list[list[str]]:
@@ -37,7 +39,7 @@ def test_the_readmes_commands_run(root: Path, tmp_path: Path, request: pytest.Fi
         if arguments[0] == "search":
             arguments = [*arguments, *FEW]  # the last of two equal flags counts
         if arguments[0] in ("search", "apply") and any("runs/half" in word for word in arguments):
-            arguments += ["--engine", "simulated"]  # a busy machine may reach no 0.5x, and later lines need this run
+            arguments += SIMULATED if arguments[0] == "search" else SIMULATED[:2]
         if arguments[:2] == ["profile", "build"]:
             arguments += ["--seconds", "5"]
         done = subprocess.run(

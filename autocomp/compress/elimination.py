@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.readers import Reader
 
 __all__ = ["eliminated"]
@@ -58,10 +59,9 @@ class _State:
 
     @classmethod
     def of(cls, reader: Reader, ridge: float) -> "_State":
-        gram = reader.gram
-        scale, variance = float(gram.diagonal().mean()), reader.variance
-        matrix = gram + max(ridge, 1e-6) * (scale if scale > 0 else 1.0) * torch.eye(len(gram), dtype=gram.dtype)
-        return cls(reader.weight / (variance**0.5 if variance > 0 else 1.0), torch.linalg.inv(matrix), reader.features)
+        variance = reader.variance
+        inverse = torch.cholesky_inverse(damped_cholesky(reader.gram, max(ridge, 1e-6)))
+        return cls(reader.weight / (variance**0.5 if variance > 0 else 1.0), inverse, reader.features)
 
     def errors(self, channels: Tensor) -> Tensor:
         """Growth of the squared output error if each of ``channels`` went next, the rest making up for it."""

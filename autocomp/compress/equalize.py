@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from autocomp.compress.lowering import Norm
-from autocomp.compress.surgery import rebuild, tensors_of
+from autocomp.compress.surgery import rebuild, shared_parameters, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.graph import Layer, LayerGraph
 from autocomp.policy import Recipe
@@ -69,14 +69,14 @@ def equalize(traced: Traced, recipe: Recipe) -> Traced:
 
 def pairs_of(traced: Traced) -> tuple[_Pair, ...]:
     """Layers whose output only one other layer reads, through homogeneous operators; in topological order."""
-    graph, reads = traced.graph, _uses(traced)
+    graph, shared = traced.graph, shared_parameters(traced.module)
     found = []
     for writer in graph.layers:
         reader = graph.layer_by_node.get(_behind(graph, writer))
         if reader is None:
             continue
-        own = all(reads.get(name, 0) <= 1 for layer in (writer, reader) for name in (layer.weight, layer.bias))
-        if own and _channels_read(reader) == writer.weight_shape[0]:
+        own = {name for layer in (writer, reader) for name in (layer.weight, layer.bias)}
+        if not own & shared and _channels_read(reader) == writer.weight_shape[0]:
             found.append(_Pair(writer, reader))
     return tuple(found)
 
@@ -90,15 +90,6 @@ def _behind(graph: LayerGraph, layer: Layer) -> str:
             return following
         value = following
     return ""
-
-
-def _uses(traced: Traced) -> Mapping[str, int]:
-    """Parameter -> how many operators read it."""
-    found: dict[str, int] = {}
-    for node in traced.module.graph.nodes:
-        if node.op == "get_attr":
-            found[str(node.target)] = found.get(str(node.target), 0) + len(node.users)
-    return found
 
 
 def _channels_read(layer: Layer) -> int:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.compress.naming import value_of
+from autocomp.compress.surgery import shared_parameters
 from autocomp.compress.tracing import Traced
-from autocomp.graph import Node
+from autocomp.graph import Layer, Node
 from autocomp.policy import Policy
 
 __all__ = ["FoldedMeans", "channel_means", "fold_means"]
@@ -82,6 +83,7 @@ class _Walk:
         self._stream = {
             branch.add: branch.stream for branch in map(traced.graph.branch_by_name.__getitem__, policy.dropped)
         }
+        self._shared = shared_parameters(traced.module)
         self._lack: dict[str, Tensor] = {}
         self._found = FoldedMeans()
 
@@ -106,18 +108,18 @@ class _Walk:
 
     def _follow(self, node: Node) -> None:
         layer = self._graph.layer_by_node.get(node.name)
-        if layer is not None:
-            lack, weight = self._lack[node.inputs[0]], self._tensors[layer.weight]
-            per = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
-            kept = self._positions.get((layer.weight, 1))
-            if kept is not None:
-                lack = lack[torch.from_numpy(kept)]
-            if per.shape[1] == len(lack):  # a grouped convolution reads only a part
-                self._add(layer.bias, per @ lack)
+        if layer is not None and self._corrects(layer):
+            self._add(layer.bias, self._read(layer, self._lack[node.inputs[0]]))
         if node.op == "add":
+            if any(self._graph.node_by_name[value].shape != node.shape for value in node.inputs):
+                return  # spread over axes that the means do not tell apart
             lack = torch.stack([self._lack[value] for value in node.inputs if value in self._lack]).sum(0)
             writers = [self._graph.layer_by_node[value] for value in node.inputs if value in self._graph.layer_by_node]
-            alone = [layer for layer in writers if self._graph.consumers[layer.node] == (node.name,)]
+            alone = [
+                layer
+                for layer in writers
+                if self._graph.consumers[layer.node] == (node.name,) and self._corrects(layer)
+            ]
             if alone and len(node.inputs) > 1:
                 kept = self._positions.get((alone[0].weight, 0))
                 missing = lack if kept is None else lack[torch.from_numpy(kept)]
@@ -127,6 +129,21 @@ class _Walk:
                 self._lack[node.name] = lack
         elif node.name in self._means and self._passes(node):
             self._lack[node.name] = self._through(node, self._means.__getitem__) - self._through(node, self._reached)
+
+    def _corrects(self, layer: Layer) -> bool:
+        """Whether a layer's bias can make up for a mean: it is read once, and means are those of its channels."""
+        own = not {layer.weight, layer.bias} & self._shared
+        return own and (layer.op == "conv" or len(self._graph.node_by_name[layer.node].shape) == 1)
+
+    def _read(self, layer: Layer, lack: Tensor) -> Tensor:
+        """What a layer makes of a mean of its inputs, (out,)."""
+        weight = self._tensors[layer.weight]
+        kept = self._positions.get((layer.weight, 0 if layer.depthwise else 1))
+        if kept is not None:
+            lack = lack[torch.from_numpy(kept)]
+        groups = len(weight) if layer.depthwise else layer.groups
+        each = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).sum(3)
+        return (each @ lack.reshape(groups, -1, 1)).flatten()
 
     def _add(self, bias: str, lack: Tensor) -> None:
         self._found.biases[bias] = self._found.biases.get(bias, self._tensors[bias]) + lack

@@ -11,6 +11,7 @@ from autocomp.graph import Layer, LayerGraph
 __all__ = ["Moments", "Sums", "draw_positions", "outputs_at", "patches_at", "reading_layers"]
 
 LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
+CONSTANT = 1e-6  # deviation, as a fraction of the mean, that rounding explains
 MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
 
 
@@ -77,7 +78,10 @@ class Sums:
         assert self.shift is not None
         offset = self.total / self.count
         gram = (self.square / self.count).addr_(offset, offset, alpha=-1)
-        return Moments(self.shift.double() + offset, gram.float(), self.pooled)
+        mean = self.shift.double() + offset
+        constant = gram.diagonal() <= (CONSTANT * mean).square()
+        gram[constant], gram[:, constant] = 0.0, 0.0  # else a solve would read rounding
+        return Moments(mean, gram.float(), self.pooled)
 
 
 def _flattened(layer: Layer, graph: LayerGraph) -> int:

@@ -30,6 +30,7 @@ __all__ = ["Clock", "Pruned", "prune"]
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
 RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 128
+SEQUENCE_IMAGES = 64  # of a trial that drops branches
 
 Tensors = Mapping[str, Tensor]
 Positions = Mapping[tuple[str, int], NDArray[np.int64]]
@@ -100,9 +101,9 @@ def prune(
     branches = tuple(graph.branch_by_name[name] for name in sorted(policy.dropped))
     with clock("build"):
         module = rebuild(traced.module, graph, tensors, branches)
-    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped):
+    if count := _images_in_sequence(policy, recipe):
         with clock("sequence"):
-            tensors |= solve_in_sequence(traced, module, policy, positions, images, recipe)
+            tensors |= solve_in_sequence(traced, module, policy, positions, images[:count], recipe)
             module = rebuild(traced.module, graph, tensors, branches)
 
     def observe(candidate: fx.GraphModule) -> _Observation:
@@ -144,12 +145,21 @@ class _Observation:
     divergence: float
 
 
+def _images_in_sequence(policy: Policy, recipe: Recipe) -> int:
+    """How many images layers are solved on in sequence: where a branch goes, what the layers behind it read is too
+    unlike the unpruned model's statistics for the closed form."""
+    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped):
+        return recipe.images
+    return SEQUENCE_IMAGES if recipe.reconstruction == "auto" and policy.dropped else 0
+
+
 def _worth_recalibrating(policy: Policy, recipe: Recipe) -> bool:
     """Whether fresh batch norm statistics are looked at: a reconstruction keeps mean and variance where channels go,
-    without running the model, but where branches go the streams' variance falls."""
+    without running the model, but where branches go the streams' variance falls. A trial's solve in sequence takes
+    the place of such a look."""
     if recipe.recalibration == "always" or recipe.reconstruction == "none":
         return recipe.recalibration != "never" and bool(policy.kept or policy.dropped)
-    return recipe.recalibration == "auto" and bool(policy.dropped)
+    return recipe.recalibration == "auto" and recipe.reconstruction != "auto" and bool(policy.dropped)
 
 
 def _ranges_kept(policy: Policy, recipe: Recipe) -> bool:
@@ -157,7 +167,8 @@ def _ranges_kept(policy: Policy, recipe: Recipe) -> bool:
     cost more than all the rest. The closed form keeps mean and variance; finalists are looked at anew."""
     if not policy.kept and not policy.dropped:
         return True
-    return recipe.reconstruction == "closed_form" and not policy.dropped and recipe.recalibration != "always"
+    closed = recipe.reconstruction in ("closed_form", "auto") and not policy.dropped
+    return closed and recipe.recalibration != "always"
 
 
 def _reconstructed(

@@ -15,6 +15,7 @@ from autocomp.policy import Recipe
 __all__ = ["FEW_IMAGES", "Ranges", "calibration_notes", "entropy_bins", "entropy_range", "least_error_range"]
 
 FEW_IMAGES = 256
+ALIKE = 1e-5  # relative difference of logits that rounding explains
 SAMPLES = 2**18  # kept of one value, whatever the number of images
 BINS = 2048
 LEVELS = 256  # of an 8-bit code
@@ -78,19 +79,22 @@ class Ranges:
         return float(low), float(high)
 
 
-def calibration_notes(graph: LayerGraph, ranges: Mapping[str, Bounds], images: int) -> tuple[str, ...]:
-    """What a user should know of the calibration: too few images, layers whose output never changes.
+def calibration_notes(graph: LayerGraph, ranges: Mapping[str, Bounds], logits: Tensor) -> tuple[str, ...]:
+    """What a user should know of the calibration: too few images, or all alike, layers whose output never changes.
 
     Args:
         ranges: value -> its bounds on the calibration images.
-        images: how many there were.
+        logits: of the unpruned model on them, (images, classes).
     """
     notes = []
-    if images < FEW_IMAGES:
+    if len(logits) < FEW_IMAGES:
         notes.append(
-            f"only {images} calibration images: ranges of int8 and corrections are uncertain below {FEW_IMAGES}, "
+            f"only {len(logits)} calibration images: ranges of int8 and corrections are uncertain below {FEW_IMAGES}, "
             "give more data"
         )
+    spread = float((logits.amax(0) - logits.amin(0)).max())
+    if len(logits) > 1 and spread <= ALIKE * float(logits.abs().max()):
+        notes.append(f"the model answers all {len(logits)} calibration images alike: check that they differ")
     for layer in graph.layers:
         low, high = ranges.get(layer.node, (0.0, 1.0))
         if low == high:

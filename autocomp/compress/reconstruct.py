@@ -5,6 +5,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
@@ -67,7 +68,8 @@ def least_squares(
     flat = weight.reshape(out, -1, pooled)
     lost = flat[:, gone].transpose(1, 2).flatten(0, 1)  # (out * pooled, gone)
     dtype = torch.float64 if len(stay) <= 2048 else torch.float32
-    change = _solve(moments.gram, stay, moments.gram[stay][:, gone].to(dtype) @ lost.T.to(dtype), ridge).T
+    target = moments.gram[stay][:, gone].to(dtype) @ lost.T.to(dtype)
+    change = torch.cholesky_solve(target, damped_cholesky(moments.gram[stay][:, stay].to(dtype), ridge)).T
     mean = moments.mean.to(dtype)
     shift = (lost.to(dtype) @ mean[gone] - change @ mean[stay]).reshape(out, pooled).sum(1)
     solved = flat[:, stay].to(dtype) + change.reshape(out, pooled, -1).transpose(1, 2)
@@ -84,18 +86,3 @@ def _features(weight: Tensor, kept: NDArray[np.int64], moments: Moments) -> Tens
     per_entry = len(moments.mean) * moments.pooled // weight.shape[1]  # weight columns of one position on axis 1
     columns = (kept[:, None] * per_entry + np.arange(per_entry)).ravel()
     return torch.from_numpy(np.unique(columns // moments.pooled))
-
-
-def _solve(gram: Tensor, stay: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """(G_KK + aI)^-1 target, with a raised where rounding leaves the matrix without a Cholesky factor."""
-    matrix = gram[stay][:, stay].to(target.dtype)
-    scale = float(matrix.diagonal().mean())
-    if not scale > 0:
-        return torch.zeros_like(target)  # the kept inputs are constant: they predict nothing
-    for growth in (0.0, 1e-6, 1e-4, 1e-2):
-        damped = matrix.clone()
-        damped.diagonal().add_((ridge + growth) * scale)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return torch.cholesky_solve(target, factor)
-    return torch.zeros_like(target)

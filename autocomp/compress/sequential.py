@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.moments import MIN_ROWS, ROWS_PER_FEATURE, draw_positions, outputs_at, patches_at
 from autocomp.compress.naming import value_of
-from autocomp.compress.surgery import tensors_of
+from autocomp.compress.surgery import shared_parameters, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError
 from autocomp.graph import Layer, LayerGraph, Node
@@ -21,6 +22,8 @@ __all__ = ["solve_in_sequence"]
 
 ACTIVATIONS_BYTES = 10**9  # of the maps that both models hold at once; fewer images where they would be larger
 PATCHES_BYTES = 256 * 10**6  # of one layer's unfolded inputs; larger layers keep their closed-form solution
+IMAGE_ROWS = 64  # of one image: neighbouring positions tell little more, narrow layers do without
+LEAST_ROWS = 2  # samples a feature; fewer would be followed into their noise
 RECTIFIED = 3  # passes in which outputs that a ReLU cuts off anyway may stay where they fall
 
 
@@ -32,7 +35,7 @@ def solve_in_sequence(
     images: Tensor,
     recipe: Recipe,
 ) -> dict[str, Tensor]:
-    """New weights and biases of all layers whose inputs changed.
+    """New weights and biases of the layers from the first change on; those before it stay as they are, bit for bit.
 
     Both models run side by side over the calibration images. Each layer of the compressed one is solved, by ridge
     regression towards the weight it has, for the output that the original gives at the same positions, from the
@@ -40,6 +43,8 @@ def solve_in_sequence(
     goes into an addition only, its target is what is missing there from the original sum, the error of the stream
     included (section 3.3, multi-branch enhancement). Behind it a ReLU forgives what both models cut off (Zhang et
     al., Accelerating Very Deep CNNs, TPAMI 2016, section 3.2.1, in the limit of a large penalty).
+
+    A layer whose weight several operators read keeps what it has: no solution is for all of them.
 
     Args:
         module: compressed, in float, branches bypassed.
@@ -91,6 +96,16 @@ class _Values:
     def _argument(self, node: fx.Node) -> Any:
         return self._tensors[str(node.target)] if node.op == "get_attr" else self[value_of(node)]
 
+    def reads(self, name: str) -> tuple[list[str], dict[str, Tensor]]:
+        """The values that a node reads, and its tensors by name."""
+        inputs = self.nodes[name].all_input_nodes
+        tensors = {str(node.target): self._tensors[str(node.target)] for node in inputs if node.op == "get_attr"}
+        return [value_of(node) for node in inputs if node.op != "get_attr"], tensors
+
+    def take(self, name: str, value: Any) -> None:
+        """A value that is known without computing it."""
+        self._known[name] = value
+
     def renew(self, name: str) -> None:
         """Compute a value, and what was computed from it ahead, anew."""
         pending = [name]
@@ -127,15 +142,19 @@ class _Solver:
             branch.add: branch.stream for branch in map(traced.graph.branch_by_name.__getitem__, policy.dropped)
         }
         self._recipe = recipe
-        self._generator = torch.Generator().manual_seed(recipe.seed)
+        self._shared = shared_parameters(traced.module)
 
     def run(self) -> dict[str, Tensor]:
         solved: dict[str, Tensor] = {}
         order = {node.name: index for index, node in enumerate(self._graph.nodes)}
+        same: set[str] = set()
         for index, node in enumerate(self._graph.nodes):
-            if node.name in self._compressed.nodes:
+            if self._equal(node.name, same):
+                same.add(node.name)
+                self._compressed.take(node.name, self._original[node.name])
+            elif node.name in self._compressed.nodes:
                 layer = self._graph.layer_by_node.get(node.name)
-                if layer is not None:
+                if layer is not None and layer.weight not in self._shared:
                     found = self._solve(layer)
                     self._tensors.update(found)
                     self._compressed.renew(node.name)
@@ -146,17 +165,28 @@ class _Solver:
             self._compressed.forget(order, index)
         return solved
 
+    def _equal(self, name: str, same: set[str]) -> bool:
+        """Whether a node gives the same in both models, where the values in ``same`` do."""
+        if name not in self._compressed.nodes:
+            return False
+        (before, old), (now, new) = self._original.reads(name), self._compressed.reads(name)
+        return now == before and same.issuperset(now) and all(torch.equal(old[key], new[key]) for key in new)
+
     def _solve(self, layer: Layer) -> dict[str, Tensor]:
-        """Weight and bias of a layer; none where it is too wide for its patches to be held."""
+        """Weight and bias of a layer; none where samples are too few, or too wide for enough of them to be held."""
         weight, bias = self._tensors[layer.weight], self._tensors[layer.bias]
         read = self._compressed[value_of(self._compressed.nodes[layer.node].all_input_nodes[0])]
         groups = weight.shape[0] if layer.depthwise else layer.groups
         features = weight[0].numel()
-        rows = min(max(MIN_ROWS, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
-        if rows < 2 * features:
+        least = min(MIN_ROWS, IMAGE_ROWS * len(read))
+        rows = min(max(least, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
+        if rows < LEAST_ROWS * features:
             return {}
-        chosen = draw_positions(read, layer, -(-rows // len(read)), self._generator)
+        generator = torch.Generator().manual_seed(self._recipe.seed)  # a layer's own: others may be skipped
+        chosen = draw_positions(read, layer, -(-rows // len(read)), generator)
         patches = patches_at(read, layer, chosen)
+        if len(patches) < LEAST_ROWS * features:
+            return {}
         inputs = patches.reshape(len(patches), groups, features).transpose(0, 1)
         fit = _Fit.of(inputs, weight.reshape(groups, -1, features), self._recipe.ridge)
         target, beside, rectified = self._target(layer, chosen)
@@ -228,10 +258,8 @@ class _Fit:
         mean = inputs.mean(1)
         inputs = inputs - mean[:, None]
         gram = (inputs.transpose(1, 2) @ inputs / inputs.shape[1]).double()
-        scale = gram.diagonal(dim1=1, dim2=2).mean(1)
-        scale = torch.where(scale > 0, scale, 1.0)  # dead inputs keep their weights
-        gram.diagonal(dim1=1, dim2=2).add_(max(ridge, 1e-6) * scale[:, None])
-        return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), torch.linalg.cholesky(gram))
+        factor = damped_cholesky(gram, max(ridge, 1e-6))  # dead inputs keep their weights
+        return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), factor)
 
     def grouped(self, values: Tensor) -> Tensor:
         """(samples, groups * out) as (groups, samples, out)."""

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from autocomp.compress.naming import value_of
 from autocomp.graph import Branch, Group, LayerGraph
 
-__all__ = ["batches", "kept_positions", "masked", "rebuild", "run", "slice_tensors", "tensors_of"]
+__all__ = ["batches", "kept_positions", "masked", "rebuild", "run", "shared_parameters", "slice_tensors", "tensors_of"]
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -44,6 +44,15 @@ def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """Every tensor the graph reads, by name, detached."""
     names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
     return {name: _attribute(module, name).detach() for name in names}
+
+
+def shared_parameters(module: fx.GraphModule) -> frozenset[str]:
+    """Names of the tensors that more than one operator reads."""
+    uses: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            uses[str(node.target)] = uses.get(str(node.target), 0) + len(node.users)
+    return frozenset(name for name, count in uses.items() if count > 1)
 
 
 def rebuild(

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.moments import Moments
 from autocomp.compress.statistics import Statistics
 from autocomp.compress.surgery import tensors_of
@@ -15,8 +16,7 @@ from autocomp.graph import Group, Member
 
 __all__ = ["lost_output", "lost_outputs"]
 
-JITTERS = (1e-7, 1e-5, 1e-3)
-"""Fractions of the inputs' mean variance added to it, the first that gives a Cholesky factor."""
+JITTER = 1e-7  # of the inputs' mean variance, added so that doubled inputs leave a Cholesky factor
 
 
 def lost_outputs(traced: Traced, statistics: Statistics) -> dict[str, NDArray[np.float64]]:
@@ -67,21 +67,8 @@ def _reader_loss(member: Member, order: Sequence[int], weight: Tensor, moments: 
     index = torch.from_numpy(np.concatenate([others, *going]))
     flat = weight.double().reshape(len(weight), features, pooled).transpose(1, 2).flatten(0, 1)[:, index]
     gram = moments.gram[index][:, index].double()
-    squares = (flat @ _factor(gram)).square().sum(0).numpy()
+    squares = (flat @ damped_cholesky(gram, JITTER)).square().sum(0).numpy()
     total = float(((flat @ gram) * flat).sum())
     ends = len(others) + np.cumsum([0, *map(len, going)])
     behind = np.append(np.cumsum(squares[::-1])[::-1], 0.0)  # [i]: sum of the columns from i on
     return behind[ends] / total if total > 0 else np.zeros(len(ends))
-
-
-def _factor(gram: Tensor) -> Tensor:
-    """A Cholesky factor of a second moment; zeros where all inputs are constant."""
-    scale = float(gram.diagonal().mean())
-    for jitter in JITTERS:
-        damped = gram.clone()
-        damped.diagonal().add_(jitter * scale)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return factor
-    return torch.zeros_like(gram)

@@ -15,6 +15,7 @@ from autocomp.compress.naming import op_of, reason_of, value_of
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
 from autocomp.errors import ModelError
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
+from autocomp.models import first_not_finite
 
 __all__ = ["Traced", "trace"]
 
@@ -101,7 +102,8 @@ def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
             "return the logits only, one float tensor (n, classes)"
         )
     if not bool(torch.isfinite(logits).all()):
-        raise ModelError("the model returns NaN or infinity on the example: check its weights and the data's scaling")
+        place = first_not_finite(own, example)
+        raise ModelError(f"the model returns NaN or infinity on the example{place}: check weights and data's scaling")
     return own, example
 
 

@@ -5,7 +5,7 @@ import hashlib
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from autocomp.errors import ModelError
 from autocomp.factory import call_factory, is_factory
 from autocomp.models.zoo import ZOO, build_zoo
 
-__all__ = ["LoadedModel", "check_logits", "load_model", "wrap_model"]
+__all__ = ["LoadedModel", "check_logits", "first_not_finite", "load_model", "wrap_model"]
 
 EMBEDDED_MODEL, EMBEDDED_CLASSES, EMBEDDED_FILE = "zoo:resnet20", 10, "resnet20_digits.safetensors"
 HINT = f"write zoo:NAME ({', '.join(ZOO)}), torchvision:NAME, or package.module:factory"
@@ -33,7 +33,7 @@ class LoadedModel:
     """A module with weights.
 
     Attributes:
-        module: in evaluation mode, on the CPU.
+        module: in evaluation mode, on the CPU, in float32.
         spec: what the user asked for; ``live:CLASS`` for an object.
         weights: where they come from: a path, ``embedded``, ``factory`` or ``live`` (whatever the user's code
             gave them); None for random ones.
@@ -87,11 +87,7 @@ def wrap_model(module: nn.Module, classes: int | None = None) -> LoadedModel:
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"the model is a {type(module).__name__}: pass a torch.nn.Module")
-    try:
-        copied = copy.deepcopy(module)
-    except (RuntimeError, TypeError, pickle.PickleError) as error:
-        raise ModelError(f"the model cannot be copied ({_line(error)}): pass one that copy.deepcopy takes") from error
-    return _ready(copied, f"live:{type(module).__name__}", "live", classes)
+    return _ready(_copied(module), f"live:{type(module).__name__}", "live", classes)
 
 
 def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
@@ -120,7 +116,30 @@ def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
             "for each"
         )
     if not bool(torch.isfinite(logits).all()):
-        raise ModelError(f"{model.spec} returns NaN or infinite logits for a blank image: check its weights")
+        place = first_not_finite(model.module, torch.zeros(2, *input_shape))
+        raise ModelError(f"{model.spec} returns NaN or infinite logits for a blank image{place}: check its weights")
+
+
+def first_not_finite(module: nn.Module, images: Tensor) -> str:
+    """Where NaN or infinity first comes up, as a phrase for an error; empty if in no submodule's output."""
+    found: list[str] = []
+
+    def watched(name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(name)
+
+        return look
+
+    leaves = [(name, part) for name, part in module.named_modules() if name and not any(part.children())]
+    handles = [part.register_forward_hook(watched(name)) for name, part in leaves]
+    try:
+        with torch.no_grad():
+            module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first behind {found[0]}" if found else ""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -169,7 +188,7 @@ def _build(spec: str, classes: int) -> nn.Module:
     module = call_factory(spec, ModelError, HINT)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{spec}() returns a {type(module).__name__}: it must return a torch.nn.Module")
-    return module
+    return _copied(module)  # the user's code may go on using it
 
 
 def _build_torchvision(name: str, classes: int) -> nn.Module:
@@ -207,8 +226,18 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     module.load_state_dict(state, strict=False)
 
 
+def _copied(module: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError, pickle.PickleError) as error:
+        raise ModelError(f"the model cannot be copied ({_line(error)}): pass one that copy.deepcopy takes") from error
+
+
 def _ready(module: nn.Module, spec: str, weights: str | None, classes: int | None) -> LoadedModel:
-    module = module.cpu().eval()
+    for name, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_meta:
+            raise ModelError(f"{name} of {spec} is on the meta device, without values: load weights on the CPU first")
+    module = module.cpu().float().eval()
     return LoadedModel(module, spec, weights, _digest(module), classes)
 
 

@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
-from typing import Literal
 
 from autocomp import resources
 from autocomp.compress import divergences, lost_outputs, to_tensor
@@ -157,7 +156,7 @@ def _images(graph: LayerGraph, policies: Sequence[Policy], effort: Effort, avail
 
 def _light(recipe: Recipe) -> Recipe:
     """The recipe without what costs more than a single change is worth."""
-    solve: Literal["closed_form", "none"] = "none" if recipe.reconstruction == "none" else "closed_form"
+    solve = "auto" if recipe.reconstruction == "sequential" else recipe.reconstruction
     return replace(recipe, reconstruction=solve, recalibration="never", bias_correction="never", rounding="nearest")
 
 

@@ -187,16 +187,16 @@ def prepare(
     statistics = collect(traced, to_tensor(images), recipe)
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
-    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, len(images)), *notes)
+    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
     made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
     return Workbench(*made, images, statistics, notes)
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
-    """For trials, in milliseconds a policy, and for finalists, in seconds."""
+    """For trials, in milliseconds a policy that drops no branch, and for finalists, in seconds."""
     images = min(config.calibration_images, len(splits.calibration))
     finishing = Recipe(seed=config.seed, images=images, reconstruction="sequential")
-    return replace(finishing, reconstruction="closed_form", rounding="nearest"), finishing
+    return replace(finishing, reconstruction="auto", rounding="nearest"), finishing
 
 
 def backend_spec(config: SearchConfig) -> BackendSpec:

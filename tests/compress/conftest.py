@@ -9,10 +9,12 @@ from autocomp.capabilities import Numerics
 from autocomp.compress import Statistics, Traced, collect, trace
 from autocomp.compress.importance import Evidence
 from autocomp.compress.surgery import tensors_of
+from autocomp.engines.processor import weight_max
 from autocomp.policy import Recipe
 from tests.compress.nets import Chain, Mixed, images, trained
 
-UNSIGNED = Numerics(signed_activations=False, symmetric_activations=False, weight_max=127)
+UNSIGNED = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max())
+"""As an engine on this processor computes."""
 
 
 @dataclass(frozen=True)

@@ -129,13 +129,13 @@ def test_a_constant_value_keeps_its_number(chain: Case, method: str, value: floa
 
 def test_a_dead_layer_and_few_images_are_told(chain: Case) -> None:
     graph = chain.traced.graph
-    notes = calibration_notes(graph, chain.statistics.ranges, 255)
+    notes = calibration_notes(graph, chain.statistics.ranges, torch.randn(255, 4))
     assert len(notes) == 1 and "255 calibration images" in notes[0]
-    assert calibration_notes(graph, chain.statistics.ranges, 256) == ()
+    assert calibration_notes(graph, chain.statistics.ranges, torch.randn(256, 4)) == ()
     dead = copy.deepcopy(chain.traced)
     dead.module.get_parameter("conv2.weight").data.zero_()
     dead.module.get_parameter("conv2.bias").data.fill_(-1.5)
-    found = calibration_notes(graph, collect(dead, chain.images, Recipe()).ranges, 1024)
+    found = calibration_notes(graph, collect(dead, chain.images, Recipe()).ranges, torch.randn(1024, 4))
     assert "the output of conv2 is -1.5 on every" in found[0]
     # whatever comes behind a layer that is all zero can be constant too
     assert not any("conv1" in note for note in found)

@@ -87,9 +87,58 @@ def test_a_branch_makes_up_for_what_its_stream_lacks() -> None:
 
 
 def test_an_unpruned_model_stays_as_it_is(mixed: Case) -> None:
-    found = solve_in_sequence(mixed.traced, mixed.traced.module, Policy(), {}, mixed.images, Recipe())
-    for name, tensor in found.items():
-        assert torch.allclose(tensor, tensors_of(mixed.traced.module)[name], rtol=1e-3, atol=1e-4)
+    assert solve_in_sequence(mixed.traced, mixed.traced.module, Policy(), {}, mixed.images, Recipe()) == {}
+
+
+@pytest.mark.parametrize("changed", [Policy({"last": 4}), Policy({}, frozenset(["plain"]))], ids=["pruned", "dropped"])
+def test_what_lies_before_the_first_change_is_skipped(
+    changed: Policy, mixed: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest is what it is when nothing is skipped, up to rounding."""
+    graph, original = mixed.traced.graph, tensors_of(mixed.traced.module)
+    kept = {name: tuple(range(count)) for name, count in changed.kept.items()}
+    positions = kept_positions(graph, kept)
+    branches = [graph.branch_by_name[name] for name in changed.dropped]
+    module = rebuild(mixed.traced.module, graph, slice_tensors(original, positions), branches)
+    skipping = solve_in_sequence(mixed.traced, module, changed, positions, mixed.images, SEQUENTIAL)
+    monkeypatch.setattr(sequential._Solver, "_equal", lambda *_: False)
+    whole = solve_in_sequence(mixed.traced, module, changed, positions, mixed.images, SEQUENTIAL)
+    before = whole.keys() - skipping.keys()
+    names = [layer.name for layer in graph.layers if layer.weight in whole]
+    first = "last" if changed.kept else "inverted.0"
+    assert before == {f"{name}.{part}" for name in names[: names.index(first)] for part in ("weight", "bias")}
+    for name, tensor in skipping.items():
+        torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=1e-3)
+
+
+def test_trials_solve_in_sequence_where_a_branch_goes_and_only_there(mixed: Case) -> None:
+    graph = mixed.traced.graph
+    pruned = {group.name: group.channels // 2 for group in graph.groups}
+    dropping = Policy(pruned, frozenset(["plain"]))
+
+    def tensors(policy: Policy, recipe: Recipe) -> dict[str, np.ndarray]:
+        compressed = compress(mixed.traced, mixed.statistics, policy, recipe, UNSIGNED, mixed.images)
+        return dict(compressed.tensors)
+
+    automatic = replace(SEQUENTIAL, reconstruction="auto")
+    for policy, same, other in (
+        (Policy(pruned), "closed_form", "sequential"),
+        (dropping, "sequential", "closed_form"),  # there are 64 images: as many as a trial takes
+    ):
+        found = tensors(policy, automatic)
+        equal, unequal = (tensors(policy, replace(SEQUENTIAL, reconstruction=kind)) for kind in (same, other))  # type: ignore[arg-type]
+        assert all(np.array_equal(found[name], equal[name]) for name in equal)
+        assert not all(np.array_equal(found[name], unequal[name]) for name in unequal)
+
+
+def test_samples_fewer_than_twice_the_features_are_not_followed() -> None:
+    """A head that reads one row an image keeps its weights where images are few."""
+    model, inputs = trained(Residual()), images(40, 5)
+    traced = trace(model, inputs[:2])
+    module = rebuild(traced.module, traced.graph, {**tensors_of(traced.module), "stem.bias": torch.zeros(6)})
+    for count, solved_too in ((11, False), (12, True)):
+        found = solve_in_sequence(traced, module, Policy({"inner": 7}), {}, inputs[:count], SEQUENTIAL)
+        assert ("head.weight" in found) == solved_too and "outer.weight" in found
 
 
 def test_equal_seeds_give_equal_weights_and_the_model_is_untouched(mixed: Case) -> None:

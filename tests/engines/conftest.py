@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from autocomp.engines import Template, emit, load_template
 from autocomp.policy import Policy
 from autocomp.quantization import QuantParams, QuantWeight, quantize_weights, round_biases
-from tests.engines.nets import VNNI, Net, resnet
+from tests.engines.nets import NATIVE, Net, resnet
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Case:
         """Tensors as a compressed model has them, biases on the engine's grid; codes; and the values' parameters."""
         tensors = self.net.sliced(policy)
         params = self.net.params(self.images, tensors, policy)
-        weights = quantize_weights(self.net.graph, policy, tensors, VNNI)
+        weights = quantize_weights(self.net.graph, policy, tensors, NATIVE)
         return tensors | round_biases(self.net.graph, policy, tensors, weights, params), weights, params
 
     def emit(self, policy: Policy) -> bytes:
-        return emit(self.template, policy, *self.parts(policy), VNNI)
+        return emit(self.template, policy, *self.parts(policy), NATIVE)
 
     def expected(self, policy: Policy) -> NDArray[np.float32]:
         """Logits of the fake-quantized torch evaluation."""

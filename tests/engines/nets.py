@@ -11,11 +11,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.nn import functional as F
 
 from autocomp.capabilities import Numerics
+from autocomp.engines.processor import weight_max
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Member, Node
 from autocomp.policy import Policy
 from autocomp.quantization import QuantParams, activation_params, place, quantize_weights
 
-VNNI = Numerics(signed_activations=False, symmetric_activations=False, weight_max=127)
+Floats = NDArray[np.float32]
+NATIVE = Numerics(signed_activations=False, symmetric_activations=False, weight_max=weight_max())
+"""What an engine computes exactly on this processor: only then do its outputs equal fake quantization's."""
 
 
 @dataclass
@@ -179,7 +182,14 @@ class Net:
                     tensors[member.parameter] = np.take(tensors[member.parameter], keep, axis=member.axis)
         return tensors
 
-    def values(self, images, tensors, policy=Policy(), params: Mapping[str, QuantParams] | None = None, numerics=VNNI):  # noqa: B008
+    def values(
+        self,
+        images: Floats,
+        tensors: Mapping[str, Floats],
+        policy: Policy = Policy(),  # noqa: B008
+        params: Mapping[str, QuantParams] | None = None,
+        numerics: Numerics = NATIVE,
+    ) -> dict[str, Floats]:
         """Every value computed by torch; with ``params`` int8 layers are fake-quantized as the policy says."""
         graph = self.graph
         plan = place(graph, policy)
@@ -208,7 +218,7 @@ class Net:
                 )
         return {name: value.numpy() for name, value in found.items()}
 
-    def params(self, images, tensors, policy: Policy, numerics: Numerics = VNNI) -> dict[str, QuantParams]:
+    def params(self, images, tensors, policy: Policy, numerics: Numerics = NATIVE) -> dict[str, QuantParams]:
         """Min-max parameters of all values the plan quantizes."""
         found = self.values(images, tensors, policy)
         plan = place(self.graph, policy)

@@ -15,7 +15,7 @@ from autocomp.errors import EngineError
 from autocomp.policy import INT8, Policy
 from autocomp.quantization import place, round_biases
 from tests.engines.conftest import Case, case
-from tests.engines.nets import VNNI, Net
+from tests.engines.nets import NATIVE, Net
 
 INTEGER = ("QLinearConv", "QGemm", "MatMulIntegerToFloat")
 
@@ -133,7 +133,7 @@ def test_engine_agrees_with_fake_quantization(resnet20: Case) -> None:
     policy = everywhere(resnet20.net)
     expected = resnet20.expected(policy)
     tensors = resnet20.net.sliced(policy)
-    plain = emit(resnet20.template, policy, tensors, *resnet20.parts(policy)[1:], VNNI)
+    plain = emit(resnet20.template, policy, tensors, *resnet20.parts(policy)[1:], NATIVE)
     backend = OnnxRuntimeBackend(BackendSpec(batch=8))
     distances = []
     for data in (resnet20.emit(policy), plain):
@@ -239,12 +239,12 @@ def test_missing_parameters_and_unknown_tensors_are_named(resnet8: Case) -> None
     tensors, weights, params = resnet8.parts(policy)
     without = {value: entry for value, entry in params.items() if value != "relu"}
     with pytest.raises(EngineError, match="for relu"):
-        emit(resnet8.template, policy, tensors, weights, without, VNNI)
+        emit(resnet8.template, policy, tensors, weights, without, NATIVE)
     with pytest.raises(EngineError, match=r"no weight codes for layer1\.0\.conv1"):
         fewer = {name: weight for name, weight in weights.items() if name != "layer1.0.conv1.weight"}
-        emit(resnet8.template, policy, tensors, fewer, params, VNNI)
+        emit(resnet8.template, policy, tensors, fewer, params, NATIVE)
     with pytest.raises(EngineError, match="no parameter nowhere"):
-        emit(resnet8.template, policy, {**tensors, "nowhere": tensors["linear.bias"]}, weights, params, VNNI)
+        emit(resnet8.template, policy, {**tensors, "nowhere": tensors["linear.bias"]}, weights, params, NATIVE)
 
 
 def test_models_that_cannot_be_edited_are_refused(resnet8: Case) -> None:

@@ -10,18 +10,18 @@ from autocomp.errors import EngineError
 from autocomp.policy import INT8, Policy
 from autocomp.quantization import QuantParams, quantize_weights
 from tests.engines.conftest import Case
-from tests.engines.nets import VNNI
+from tests.engines.nets import NATIVE
 
 
 def test_values_do_not_count(resnet8: Case) -> None:
     policy = Policy(precisions={layer.name: INT8 for layer in resnet8.net.graph.layers})
     tensors, weights, params = resnet8.parts(policy)
-    first = structure_digest(emit(resnet8.template, policy, tensors, weights, params, VNNI))
+    first = structure_digest(emit(resnet8.template, policy, tensors, weights, params, NATIVE))
     rng = np.random.default_rng(1)
     others = {name: rng.standard_normal(tensor.shape).astype(np.float32) for name, tensor in tensors.items()}
     scaled = {name: QuantParams(entry.scale * 1.5, entry.zero_point) for name, entry in params.items()}
-    codes = quantize_weights(resnet8.net.graph, policy, others, VNNI)
-    assert structure_digest(emit(resnet8.template, policy, others, codes, scaled, VNNI)) == first
+    codes = quantize_weights(resnet8.net.graph, policy, others, NATIVE)
+    assert structure_digest(emit(resnet8.template, policy, others, codes, scaled, NATIVE)) == first
 
 
 def test_everything_an_engine_sees_counts(resnet8: Case) -> None:
@@ -43,13 +43,13 @@ def test_zero_point_kind_sharing_and_type_count(resnet8: Case) -> None:
     tensors, weights, params = resnet8.parts(policy)
 
     def digest(changed: dict[str, QuantParams]) -> str:
-        return structure_digest(emit(resnet8.template, policy, tensors, weights, {**params, **changed}, VNNI))
+        return structure_digest(emit(resnet8.template, policy, tensors, weights, {**params, **changed}, NATIVE))
 
     base = digest({})
     assert params["relu"].zero_point == 0
     assert digest({"relu": QuantParams(params["relu"].scale, 128)}) != base
     assert digest({"relu": params["relu_1"]}) != base  # two values now share their parameters
-    signed = replace(VNNI, signed_activations=True)
+    signed = replace(NATIVE, signed_activations=True)
     with pytest.raises(EngineError, match="not of this engine"):
         emit(resnet8.template, policy, tensors, weights, params, signed)
     shifted = {name: QuantParams(entry.scale, entry.zero_point - 128) for name, entry in params.items()}
