@@ -75,6 +75,9 @@ class FakeApi:
         observer(Phase("search", 4))
         return self._answer("resume", run)
 
+    def retarget(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], out: Path | None) -> Any:
+        return self._answer("retarget", run, settings, out)
+
     def verify(self, run: Path, observer: Callable[..., None]) -> Any:
         observer(Phase("verify"))
         print("a library chats")
@@ -567,6 +570,13 @@ def verification(reason: str | None = None) -> Verification:
     return Verification(
         Verdict(reason is None, estimate(0.5), 4000, reason), 0.95, {"name": "cpu", "engine": "e 1"}, finished(), True
     )
+
+
+def test_retarget_passes_what_differs(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("retarget", "runs/x", "--engine", "openvino", "--threads", "2", "--budget", "9ms", "--out", "y") == 0
+    given = {"engine": "openvino", "hardware": None, "threads": 2, "budget": ("9ms",)}
+    assert api.calls == [("retarget", Path("runs/x"), given, Path("y"))]
+    assert "best found" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(("reason", "status"), [(None, 0), ("p50 0.6x is over 0.5x", 3)])

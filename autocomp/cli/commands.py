@@ -130,6 +130,27 @@ def resume(
 
 
 @app.command()
+def retarget(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    budget: Budgets = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the new run [runs/TIME-MODEL-BUDGET]")] = None,
+    json: AsJson = None,
+) -> None:
+    """Make a new run for another engine or device from the policies of an old one; scores that still hold are kept."""
+    settings = {"engine": engine, "hardware": hardware, "threads": threads, "budget": tuple(budget or ())}
+
+    def work(observer: "Observer") -> "SearchResult":
+        from autocomp import api
+
+        return api.retarget(run, settings, observer, out)
+
+    _conduct(work, as_json=bool(json))
+
+
+@app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="run folder")],
     json: AsJson = None,

@@ -1,8 +1,9 @@
 """A device that is not here: its latencies from a profile, its arithmetic under ONNX Runtime."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from autocomp import resources
 from autocomp.capabilities import Capabilities, DeviceInfo
@@ -18,7 +19,7 @@ from autocomp.policy import Policy
 from autocomp.protocols import Backend
 from autocomp.results import OperatorTimes
 
-__all__ = ["PredictedBackend", "hardware_profile", "target_of"]
+__all__ = ["PredictedBackend", "hardware_profile", "retargeted", "target_of"]
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,29 @@ def target_of(config: SearchConfig, spec: BackendSpec) -> Callable[[LayerGraph],
     return lambda graph: PredictedBackend(config.engine, batch, graph, Predictor(profile), numerics)
 
 
+def retargeted(config: SearchConfig, given: Mapping[str, Any]) -> SearchConfig:
+    """A configuration for another engine or device; a measured profile brings its engine and its threads.
+
+    Raises:
+        ConfigError: nothing differs, or the profile cannot be read.
+    """
+    name = given.get("hardware")
+    profile = _measured_profile(name) if name is not None else None
+    own = {} if profile is None else {"engine": profile.engine.partition(" ")[0], "threads": profile.threads}
+    changed = replace(config, **{"hardware": None, **own, **given})
+    if replace(changed, budget=config.budget) == config:
+        raise ConfigError("the run is for this engine and device already: give another --engine or --hardware")
+    return changed
+
+
+def _measured_profile(name: str) -> HardwareProfile | None:
+    """The measured profile of a name or folder; None where there is none."""
+    own = Path(name)
+    folder = own if (own / "profile.toml").is_file() else resources.available("hardware_profiles").get(name)
+    profile = HardwareProfile.load(folder) if folder is not None else None
+    return profile if profile is not None and profile.measured else None
+
+
 def hardware_profile(config: SearchConfig) -> HardwareProfile | None:
     """The measured profile that ``--hardware`` names; None where it names none, but what the engine knows itself.
 
@@ -120,10 +144,8 @@ def hardware_profile(config: SearchConfig) -> HardwareProfile | None:
     """
     if config.hardware is None:
         return None
-    own = Path(config.hardware)
-    folder = own if (own / "profile.toml").is_file() else resources.available("hardware_profiles").get(config.hardware)
-    profile = HardwareProfile.load(folder) if folder is not None else None
-    if profile is None or not profile.measured:
+    profile = _measured_profile(config.hardware)
+    if profile is None:
         return None
     engine = profile.engine.partition(" ")[0]
     if (config.engine, config.threads) != (engine, profile.threads):

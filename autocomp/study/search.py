@@ -18,6 +18,7 @@ from autocomp.study.executors import make_executor
 from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.guidance import guidance
+from autocomp.study.heritage import inherited_plans, read_heritage
 from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
@@ -98,6 +99,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
             "the uncompressed engine meets the budget already; searching for the fastest policy within "
             "1 point of its accuracy"
         )
+    heritage = read_heritage(run.folder)
     metric = load_metric(bench.config.metric)
     scorer = Scorer(bench.splits.search, prologue.search, bench.splits.labelled, metric)
     trials = Trials(
@@ -111,14 +113,18 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
         observer=observer,
+        scores=heritage.scores if heritage is not None else {},
     )
     probe_floor(bench, trials, observer)
     executor = make_executor(bench.config.executor, trials)
     study = Study(run, executor, observer)
     try:
         sensitivity = quick_sensitivity(bench, run, observer)
-        controller = _controller(bench, limits, prologue.reference, sensitivity, run, observer)
-        for plan in _plans(bench, controller):
+        if heritage is not None:
+            plans = inherited_plans(heritage, bench.config.wave)
+        else:
+            plans = _plans(bench, _controller(bench, limits, prologue.reference, sensitivity, run, observer))
+        for plan in plans:
             study.explore(plan)
     finally:
         executor.close()
@@ -217,7 +223,7 @@ def _controller(
     return make_controller("evolution", bench.space, config.seed, initial)
 
 
-def _plans(bench: Workbench, controller: Controller) -> list[Plan]:
+def _plans(bench: Workbench, controller: Controller) -> Sequence[Plan]:
     """The search, then both baselines with as many evaluations."""
     config, space = bench.config, bench.space
     granted = config.resolved_baseline_trials()

@@ -227,7 +227,7 @@ def test_a_profile_is_stale_when_the_reference_is_off_by_more_than_a_tenth(tmp_p
         engines = tuple(replace(e, ms=factor * e.ms, kernels_ms=factor * e.kernels_ms) for e in profile.engines)
         return replace(profile, kernels=kernels, engines=engines)
 
-    for factor in (1.08, 1.2, 1 / 1.2):
+    for factor in (1.08, 1.2):
         found = check_profile(scaled(factor), SearchConfig(), ignore, pauses.append)
         assert [drift.batch for drift in found.drifts] == [2]
         assert [drift.off for drift in found.drifts] == pytest.approx([1 / factor - 1], abs=1e-6)

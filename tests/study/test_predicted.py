@@ -10,26 +10,29 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from autocomp.api import run_search
-from autocomp.capabilities import Numerics
+from autocomp.api import retarget, run_search
+from autocomp.capabilities import Capabilities, Numerics
 from autocomp.config import SearchConfig
 from autocomp.engines import BackendSpec, make_backend
 from autocomp.engines.label import labelled, policy_of
-from autocomp.errors import ConfigError, EngineError, InputError
-from autocomp.hardware import HardwareProfile
+from autocomp.errors import ConfigError, EngineError, InputError, RunError
+from autocomp.hardware import HardwareProfile, KernelTime, Predictor, kernels_of
 from autocomp.outcome import SearchResult
-from autocomp.policy import INT8, Policy
+from autocomp.policy import FP32, INT8, Policy
 from autocomp.study.build_profile import build_profile, jobs_of
+from autocomp.study.heritage import heritage_of, read_heritage
 from autocomp.study.predicted import PredictedBackend, hardware_profile
 from autocomp.study.run import read_manifest
+from autocomp.study.trial import Trials
 from autocomp.study.workbench import prepare
 from tests.engines.conftest import case
 from tests.engines.nets import resnet
 
 SIGNED = Numerics(signed_activations=True, symmetric_activations=True, weight_max=127)
+SIGNED_CAPABILITIES = Capabilities((FP32, INT8), 8, SIGNED)
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", batch=2, calibration_images=16, search_images=32,
-    selection_images=32, trials=8, baseline_trials=2, finalists=1, budget=("0.9x",), space="int8",
+    selection_images=32, trials=6, baseline_trials=0, finalists=1, budget=("0.9x",), space="int8",
 )  # fmt: skip
 
 
@@ -46,9 +49,10 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HardwareProfile]:
         seconds = iter(range(10**6))
         jobs = jobs_of(replace(CONFIG, engine="simulated"), ())
         built = build_profile(jobs, 30, folder, ignore, ignore, lambda: float(next(seconds))).profile
-        assert built.capabilities is not None
-        numerics = replace(built.capabilities, numerics=SIGNED)
-        profile = replace(built, device="far-1t", engine="openvino 9", details="cpu: far", capabilities=numerics)
+        assert built.capabilities is not None and INT8 in built.capabilities.precisions
+        profile = replace(
+            built, device="far-1t", engine="openvino 9", details="cpu: far", capabilities=SIGNED_CAPABILITIES
+        )
         profile.save(folder / "hardware_profiles")
         yield profile
 
@@ -101,10 +105,6 @@ def test_other_engines_threads_batches_and_profiles_are_refused(far: HardwarePro
     silent.save(Path("hardware_profiles"))
     with pytest.raises(ConfigError, match="does not say what its engine runs"):
         prepare(replace(wanted, hardware="silent-1t"), ignore)
-    thin = replace(far, device="thin-1t", kernels=far.kernels[:3])
-    thin.save(Path("hardware_profiles"))
-    with pytest.raises(InputError, match="3 measured kernels, too few"):
-        prepare(replace(wanted, hardware="thin-1t"), ignore)
     (Path("hardware_profiles") / "far-1t" / "kernels.csv").rename("kept.csv")
     with pytest.raises(ConfigError, match="torn"):
         hardware_profile(wanted)
@@ -112,13 +112,23 @@ def test_other_engines_threads_batches_and_profiles_are_refused(far: HardwarePro
     assert hardware_profile(replace(CONFIG, hardware="simulated", engine="simulated")) is None  # only described
 
 
-def test_a_device_that_is_not_here_times_no_operators(far: HardwareProfile) -> None:
-    bench = prepare(replace(CONFIG, hardware="far-1t", engine="openvino"), ignore)
-    assert isinstance(bench.backend, PredictedBackend)
+def test_an_engine_takes_what_the_profile_says_and_times_no_operators(far: HardwareProfile) -> None:
+    model = case(resnet(depth=8, width=8, size=8))
+    kernels = dict.fromkeys(kernels_of(model.net.graph, Policy(), 4).values())
+    times = tuple(KernelTime(kernel, 0.5 + place, 0.0, 9) for place, kernel in enumerate(kernels))
+
+    def backend(known: HardwareProfile) -> PredictedBackend:
+        return PredictedBackend("openvino", 4, model.net.graph, Predictor(known), SIGNED_CAPABILITIES)
+
+    whole = backend(replace(far, kernels=times, engines=()))
+    file = labelled(model.emit(Policy()), Policy())
+    with whole.build(file) as engine:
+        assert engine.time(2).tolist() == pytest.approx([sum(whole.layer_ms(Policy()).values())] * 2)
+        np.testing.assert_allclose(engine.run(model.images), model.expected(Policy()), rtol=1e-3, atol=1e-4)
     with pytest.raises(EngineError, match="far-1t is not here"):
-        bench.backend.profile(bench.reference, 3)
-    total = sum(bench.backend.layer_ms(Policy()).values())
-    assert 0.5 < total / bench.backend.prediction(Policy()).ms <= 1
+        whole.profile(file, 3)
+    with pytest.raises(InputError, match="3 measured kernels, too few"):
+        backend(replace(far, kernels=times[:3])).build(file)
 
 
 def test_a_file_says_which_policy_it_is_of() -> None:
@@ -133,3 +143,45 @@ def test_a_file_says_which_policy_it_is_of() -> None:
     torn.metadata_props[0].value = "{"
     with pytest.raises(EngineError, match="cannot be read"):
         policy_of(torn.SerializeToString())
+
+
+class Counted:
+    """Counts what is compressed to be scored in trials."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.scored: list[str] = []
+        inner = Trials._score
+        patch.setattr(Trials, "_score", lambda own, policy, watch: self._count(policy) or inner(own, policy, watch))
+
+    def _count(self, policy: Policy) -> None:
+        self.scored.append(policy.digest)
+
+
+def test_retargeting_keeps_scores_only_where_the_numerics_match(
+    far: HardwareProfile, found: SearchResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First to a device twice as slow with the same arithmetic, then to one with another arithmetic."""
+    old = {trial.policy: trial for trial in found.front if trial.score is not None}
+    slower = tuple(replace(entry, median_ms=2 * entry.median_ms) for entry in far.kernels)
+    replace(far, device="near-1t", details="cpu: near", kernels=slower).save(Path("hardware_profiles"))
+    counted = Counted(monkeypatch)
+    near = retarget(found.run, {"hardware": "near-1t"}, out=Path("near"))
+    assert counted.scored == [] and near.predicted and near.device["name"] == "near-1t"
+    assert near.reference.latency is not None and found.reference.latency is not None
+    assert near.reference.latency.latency_ms.value > 1.5 * found.reference.latency.latency_ms.value
+    scored = {trial.policy: trial for trial in near.front if trial.score is not None}
+    assert scored and all(trial.score == old[policy].score for policy, trial in scored.items() if policy in old)
+    assert near.trials == found.trials and near.best is not None
+    events: list[Any] = []
+    other = heritage_of(found.run, prepare(replace(CONFIG, engine="simulated"), ignore), events.append)
+    assert other.scores == {} and other.policies == {"search": tuple(trial.policy for trial in found.front)}
+    assert ["numerics differ" in event.text for event in events] == [True]
+    with pytest.raises(ConfigError, match="for this engine and device already"):
+        retarget(found.run, {"hardware": "far-1t"})
+    with pytest.raises(RunError, match="no run folder"):
+        retarget(Path("hardware_profiles"), {"engine": "simulated"})
+    kept = read_heritage(near.run)
+    assert kept is not None and kept.policies == other.policies
+    (near.run / "heritage.json").write_text("{")
+    with pytest.raises(RunError, match=r"heritage\.json is damaged"):
+        read_heritage(near.run)
