@@ -1,8 +1,6 @@
 """What a program calls; the command line calls the same functions."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -13,21 +11,22 @@ from typing import Any
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
 from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend
-from autocomp.errors import AutocompError, EngineError, InfeasibleError, InputError, RunError
+from autocomp.errors import AutocompError, ConfigError, EngineError, InfeasibleError, InputError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Event, Note, Observer, SearchResult
-from autocomp.report import write_report, write_sensitivity
+from autocomp.report import write_front_report, write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
-from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
+from autocomp.study.artefacts import ShippedPolicy, write_model
 from autocomp.study.build_profile import build_profile
+from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
+from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
 from autocomp.study.profiles import check_profile, predict_policy
 from autocomp.study.recheck import Verification, verify_run
-from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
+from autocomp.study.run import Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
-from autocomp.study.search import search as run_study
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.sweep import THOROUGH, obtain
 from autocomp.study.verify import verification_protocol
@@ -43,6 +42,7 @@ __all__ = [
     "predict_policy",
     "resume",
     "retarget",
+    "run_front",
     "run_search",
     "run_sensitivity",
     "search",
@@ -51,14 +51,6 @@ __all__ = [
 
 LIVE = "object:"
 """Marks a configuration whose model or data was a live object."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user stopped a search; everything finished so far is kept in ``run``."""
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(f"stopped; go on with: autocomp resume {run}")
-        self.run = run
 
 
 def search(
@@ -113,12 +105,75 @@ def run_search(
         InputError, InfeasibleError: as `search`.
         Interrupted: the user stopped it.
     """
+    if config.front:
+        raise ConfigError("a front is several searches: call run_front, or leave front out")
     watch = observer or _silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
-    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as run:
+    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
         return _conduct(bench, prologue, run, watch)
+
+
+def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
+    """Run one search a budget of a front, from the tightest to the loosest, with one model, reference and statistics.
+
+    Called again with the same ``out`` it goes on where it stopped. A budget out of reach is a point without a result.
+
+    Raises:
+        InputError: as `search`; or the folder holds runs of other settings.
+        Interrupted: the user stopped it.
+    """
+    watch = observer or _silent
+    folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
+    configs = front_configs(config, folder)
+    refuse_other_settings(configs)
+    bench = prepare(configs[0], watch)
+    points: list[FrontPoint] = []
+    earlier: list[TrialResult] = []
+    with begin(bench) as prologue:
+        for before, own in zip((None, *configs), configs, strict=False):
+            try:
+                shared = Path(str(before.out)) if before is not None else None
+                result = _front_run(replace(bench, config=own), prologue, earlier, shared, watch)
+                points.append(FrontPoint(own.budget[0], result))
+            except InfeasibleError as error:
+                points.append(FrontPoint(own.budget[0], None, str(error)))
+            except Interrupted:
+                raise Interrupted(folder, "the same command with --out {run}") from None
+            entries = Run.entries_of(Path(str(own.out)))
+            earlier += [TrialResult.from_json(entry["result"]) for entry in entries if entry["kind"] == "trial"]
+    front = Front(tuple(points), folder)
+    write_front(front)
+    write_front_report(front)
+    return front
+
+
+def _front_run(
+    bench: Workbench, prologue: Prologue, earlier: Sequence[TrialResult], before: Path | None, observer: Observer
+) -> SearchResult:
+    """One budget of a front: from the beginning, from where it stopped, or what it ended with.
+
+    Args:
+        earlier: trials of the budgets before.
+        before: folder of the last of these.
+
+    Raises:
+        RunError: the folder holds a run of other inputs.
+    """
+    config = bench.config
+    folder = Path(str(config.out))
+    if not (folder / "manifest.json").exists():
+        with Run.create(folder, manifest_of(bench)) as run:
+            if before is not None:
+                hand_on(before, folder)
+            return _conduct(bench, prologue, run, observer, earlier)
+    if (folder / "result.json").exists():
+        return load_result(folder)
+    with Run.open(folder) as run:
+        refuse_changes(run, bench)
+        run.set_status("running")
+        return _conduct(bench, prologue, run, observer, earlier)
 
 
 def resume(run: Path, observer: Observer | None = None) -> SearchResult:
@@ -139,7 +194,7 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
     with Run.open(run) as opened:
         try:
             bench = prepare(config, watch)
-            _refuse_changes(opened, bench)
+            refuse_changes(opened, bench)
             prologue = begin(bench)
         except KeyboardInterrupt:
             raise Interrupted(run) from None
@@ -195,7 +250,7 @@ def retarget(
     refuse_taken(folder)
     bench = prepare(config, watch)
     heritage = heritage_of(run, bench, watch)
-    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as opened:
+    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as opened:
         heritage.write(folder)
         return _conduct(bench, prologue, opened, watch)
 
@@ -304,46 +359,12 @@ def _refuse_filled(out: Path) -> None:
         raise InputError(f"{out} exists already and is not empty: choose another --out")
 
 
-def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
-    """Search and leave the run in a state that says how it ended."""
-    try:
-        with storage_errors(run.folder):
-            result = run_study(bench, prologue, run, observer)
-    except KeyboardInterrupt:
-        run.set_status("interrupted")
-        raise Interrupted(run.folder) from None
-    except InfeasibleError:
-        write_table(run, [TrialResult.from_json(entry["result"]) for entry in run.entries("trial")])
-        run.set_status("infeasible")
-        raise
-    except Exception:
-        run.set_status("failed")
-        raise
-    run.set_status("verified" if result.verified else "unverified")
+def _conduct(
+    bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
+) -> SearchResult:
+    result = conduct(bench, prologue, run, observer, earlier)
     write_report(result, run.folder)
     return result
-
-
-def _manifest(bench: Workbench) -> Manifest:
-    versions = package_versions()
-    return Manifest(
-        version=versions.get("autocomp", "unknown"),
-        config=bench.config.to_json(),
-        command=[Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])],
-        versions=versions,
-        device=bench.backend.device.to_json(),
-        digests=bench.digests,
-    )
-
-
-def _refuse_changes(run: Run, bench: Workbench) -> None:
-    """A run goes on only where what its cached results depend on is what it was."""
-    before, now = run.manifest.digests, bench.digests
-    for name, digest in before.items():
-        if now.get(name) != digest:
-            raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
-    if run.manifest.device != bench.backend.device.to_json():
-        raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
 
 
 def _silent(event: Event) -> None:

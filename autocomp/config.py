@@ -57,6 +57,7 @@ class SearchConfig:
         mean, std: of the data's channels; None for the source's own.
         size: side of the square input in pixels; None for the source's own.
         calibration_images, search_images, selection_images: drawn for each split, at most.
+        front: one search a budget from 0.25x to 0.9x, instead of one under ``budget``.
         metric: ``kl``, or ``package.module:function``.
         json: print one JSON object instead of the table.
     """
@@ -85,6 +86,7 @@ class SearchConfig:
     calibration_images: int = 1024
     search_images: int = 2048
     selection_images: int = 2048
+    front: bool = False
     metric: str = "kl"
     json: bool = False
 
@@ -134,7 +136,8 @@ def load_config(path: Path | None, flags: Mapping[str, object]) -> SearchConfig:
         BudgetError: no budget is given anywhere, or one does not parse.
     """
     config = read_config(path, flags)
-    parse_budgets(config.budget)
+    if config.budget or not config.front:
+        parse_budgets(config.budget)
     return config
 
 
@@ -146,7 +149,8 @@ def read_config(path: Path | None, flags: Mapping[str, object]) -> SearchConfig:
 
 def default_folder(config: SearchConfig, now: datetime, *prefix: str) -> Path:
     """``runs/<prefix>-<timestamp>-<model>-<budget>``, free of characters that a file system minds; not there yet."""
-    words = (*prefix, now.strftime("%Y%m%d-%H%M%S"), config.model.rpartition(":")[2], *config.budget)
+    asked = ("front", *config.budget) if config.front else config.budget
+    words = (*prefix, now.strftime("%Y%m%d-%H%M%S"), config.model.rpartition(":")[2], *asked)
     name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "-", word).strip("-.") for word in words)
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
@@ -35,7 +35,12 @@ from autocomp.cli.spaces import spaces
 from autocomp.errors import AutocompError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from autocomp.outcome import Observer, SearchResult
+    from autocomp.study.front import Front
+
+Found = TypeVar("Found", "SearchResult", "Front")
 
 __all__ = ["app", "main"]
 
@@ -90,6 +95,9 @@ def search(
     finetune_epochs: Annotated[Whole, typer.Option(help="only 0 in this version")] = None,
     finalists: Annotated[Whole, typer.Option(help="policies that may be verified, at most [3]")] = None,
     wave: Annotated[Whole, typer.Option(help="policies asked for at once [4]")] = None,
+    front: Annotated[
+        bool | None, typer.Option("--front", help="one search a budget, from 0.25x to 0.9x, instead of --budget")
+    ] = None,
     metric: Annotated[Text, typer.Option(help="kl or package.module:function [kl]")] = None,
     mean: Mean = None,
     std: Std = None,
@@ -106,12 +114,21 @@ def search(
 
     settings = load_config(config, settings_of(context))
 
+    from autocomp.report import print_front, print_result
+
     def work(observer: "Observer") -> "SearchResult":
         from autocomp import api
 
         return api.run_search(settings, observer)
 
-    _conduct(work, as_json=settings.json)
+    def every_budget(observer: "Observer") -> "Front":
+        from autocomp import api
+
+        return api.run_front(settings, observer)
+
+    if settings.front:
+        _conduct(every_budget, print_front, as_json=settings.json)
+    _conduct(work, print_result, as_json=settings.json)
 
 
 @app.command()
@@ -120,13 +137,14 @@ def resume(
     json: AsJson = None,
 ) -> None:
     """Go on with a search that was stopped; no finished trial is lost."""
+    from autocomp.report import print_result
 
     def work(observer: "Observer") -> "SearchResult":
         from autocomp import api
 
         return api.resume(run, observer)
 
-    _conduct(work, as_json=bool(json))
+    _conduct(work, print_result, as_json=bool(json))
 
 
 @app.command()
@@ -140,6 +158,8 @@ def retarget(
     json: AsJson = None,
 ) -> None:
     """Make a new run for another engine or device from the policies of an old one; scores that still hold are kept."""
+    from autocomp.report import print_result
+
     settings = {"engine": engine, "hardware": hardware, "threads": threads, "budget": tuple(budget or ())}
 
     def work(observer: "Observer") -> "SearchResult":
@@ -147,7 +167,7 @@ def retarget(
 
         return api.retarget(run, settings, observer, out)
 
-    _conduct(work, as_json=bool(json))
+    _conduct(work, print_result, as_json=bool(json))
 
 
 @app.command()
@@ -308,9 +328,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _conduct(work: Callable[["Observer"], "SearchResult"], *, as_json: bool) -> NoReturn:
-    """Show a search while it runs, print its result, and exit with its status."""
-    from autocomp.report import LiveScreen, print_result
+def _conduct(
+    work: Callable[["Observer"], Found], show: Callable[[Found, "Console"], None], *, as_json: bool
+) -> NoReturn:
+    """Show a search while it runs, print what it found, and exit with its status."""
+    from autocomp.report import LiveScreen
 
     try:
         if as_json:
@@ -321,7 +343,7 @@ def _conduct(work: Callable[["Observer"], "SearchResult"], *, as_json: bool) -> 
             screen_and_table = console(sys.stdout)
             with LiveScreen(screen_and_table) as screen:
                 result = work(screen)
-            print_result(result, screen_and_table)
+            show(result, screen_and_table)
     except AutocompError as error:
         if as_json and not isinstance(error, InputError):
             floor = error.floor if isinstance(error, InfeasibleError) else None

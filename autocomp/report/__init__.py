@@ -1,6 +1,7 @@
 """What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
 from autocomp.report.console import LiveScreen, print_estimate, print_result, print_verification
+from autocomp.report.front import print_front, write_front_report
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
@@ -22,12 +23,14 @@ __all__ = [
     "print_difference",
     "print_estimate",
     "print_estimated",
+    "print_front",
     "print_policy",
     "print_profile",
     "print_result",
     "print_sensitivity",
     "print_verification",
     "profile_json",
+    "write_front_report",
     "write_report",
     "write_sensitivity",
 ]

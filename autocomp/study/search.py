@@ -12,11 +12,12 @@ from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
-from autocomp.results import LatencyEstimate, Score, TimingProtocol
+from autocomp.results import LatencyEstimate, Score, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
 from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
+from autocomp.study.front import best_of, scores_of
 from autocomp.study.guidance import guidance
 from autocomp.study.heritage import inherited_plans, read_heritage
 from autocomp.study.predicted import PredictedBackend
@@ -78,8 +79,13 @@ def begin(bench: Workbench) -> Prologue:
     return Prologue(reference, found)
 
 
-def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -> SearchResult:
+def search(
+    bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
+) -> SearchResult:
     """Search, verify, and only then read the test split.
+
+    Args:
+        earlier: trials of the same workbench under other budgets; the best of them that keep these come first.
 
     Raises:
         InfeasibleError: no engine in the space meets the budget; the run is kept and marked.
@@ -113,7 +119,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
         observer=observer,
-        scores=heritage.scores if heritage is not None else {},
+        scores=heritage.scores if heritage is not None else scores_of(earlier),
     )
     probe_floor(bench, trials, observer)
     executor = make_executor(bench.config.executor, trials)
@@ -123,7 +129,9 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         if heritage is not None:
             plans = inherited_plans(heritage, bench.config.wave)
         else:
-            plans = _plans(bench, _controller(bench, limits, prologue.reference, sensitivity, run, observer))
+            first = best_of(earlier, limits)
+            controller = _controller(bench, limits, prologue.reference, sensitivity, first, run, observer)
+            plans = _plans(bench, controller)
         for plan in plans:
             study.explore(plan)
     finally:
@@ -207,19 +215,20 @@ def _controller(
     limits: Limits,
     reference: Engine,
     sensitivity: Sensitivity | None,
+    first: Sequence[Policy],
     run: Run,
     observer: Observer,
 ) -> Controller:
     """The one that was asked for, with what is known before the first trial; evolution where that is too little."""
     config = bench.config
     if config.controller != "guided":
-        initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
+        initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
         return make_controller(config.controller, bench.space, config.seed, initial)
     if sensitivity is not None:
         knowledge = guidance(bench, limits, reference, sensitivity, run.folder, observer)
         if knowledge is not None:
-            return make_controller("guided", bench.space, config.seed, (), knowledge)
-    initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
+            return make_controller("guided", bench.space, config.seed, tuple(first), knowledge)
+    initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
     return make_controller("evolution", bench.space, config.seed, initial)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -173,7 +174,9 @@ def test_retargeting_keeps_scores_only_where_the_numerics_match(
     assert scored and all(trial.score == old[policy].score for policy, trial in scored.items() if policy in old)
     assert near.trials == found.trials and near.best is not None
     events: list[Any] = []
-    other = heritage_of(found.run, prepare(replace(CONFIG, engine="simulated"), ignore), events.append)
+    digests = {**read_manifest(found.run).digests, "numerics": "other"}
+    bench: Any = SimpleNamespace(digests=digests, space=SimpleNamespace(contains=lambda _: True))
+    other = heritage_of(found.run, bench, events.append)
     assert other.scores == {} and other.policies == {"search": tuple(trial.policy for trial in found.front)}
     assert ["numerics differ" in event.text for event in events] == [True]
     with pytest.raises(ConfigError, match="for this engine and device already"):

@@ -1,0 +1,67 @@
+"""A search in its run folder: how it is begun, how it ends, and when it may go on."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from autocomp.errors import InfeasibleError, RunError
+from autocomp.outcome import Observer, SearchResult
+from autocomp.results import TrialResult
+from autocomp.study.artefacts import write_table
+from autocomp.study.run import Manifest, Run, storage_errors
+from autocomp.study.search import Prologue, search
+from autocomp.study.workbench import Workbench, package_versions
+
+__all__ = ["Interrupted", "conduct", "manifest_of", "refuse_changes"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a search; everything finished so far is kept in ``run``."""
+
+    def __init__(self, run: Path, how: str = "autocomp resume {run}") -> None:
+        super().__init__(f"stopped; go on with: {how.format(run=run)}")
+        self.run = run
+
+
+def conduct(
+    bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
+) -> SearchResult:
+    """Search and leave the run in a state that says how it ended."""
+    try:
+        with storage_errors(run.folder):
+            result = search(bench, prologue, run, observer, earlier)
+    except KeyboardInterrupt:
+        run.set_status("interrupted")
+        raise Interrupted(run.folder) from None
+    except InfeasibleError:
+        write_table(run, [TrialResult.from_json(entry["result"]) for entry in run.entries("trial")])
+        run.set_status("infeasible")
+        raise
+    except Exception:
+        run.set_status("failed")
+        raise
+    run.set_status("verified" if result.verified else "unverified")
+    return result
+
+
+def manifest_of(bench: Workbench) -> Manifest:
+    versions = package_versions()
+    return Manifest(
+        version=versions.get("autocomp", "unknown"),
+        config=bench.config.to_json(),
+        command=[Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])],
+        versions=versions,
+        device=bench.backend.device.to_json(),
+        digests=bench.digests,
+    )
+
+
+def refuse_changes(run: Run, bench: Workbench) -> None:
+    """A run goes on only where what its cached results depend on is what it was."""
+    before, now = run.manifest.digests, bench.digests
+    for name, digest in before.items():
+        if now.get(name) != digest:
+            raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
+    if run.manifest.device != bench.backend.device.to_json():
+        raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
