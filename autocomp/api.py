@@ -133,6 +133,7 @@ def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
     earlier: list[TrialResult] = []
     with begin(bench) as prologue:
         for before, own in zip((None, *configs), configs, strict=False):
+            watch(Note(f"budget {' and '.join(own.budget)}"))
             try:
                 shared = Path(str(before.out)) if before is not None else None
                 result = _front_run(replace(bench, config=own), prologue, earlier, shared, watch)

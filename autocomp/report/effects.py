@@ -50,6 +50,9 @@ def draw_effects(effects: Sequence[ChoiceEffect], path: Path) -> None:
     left.axvline(0.0, c="k", lw=0.8)
     left.set_xlabel("saves, ms (predicted, 95 %)" if timed else "no profile: times are not known")
     right.barh(list(places), [1000 * (effect.loss or 0.0) for effect in effects], color=colours)
+    for place, effect in enumerate(effects):
+        if effect.loss is None:
+            right.text(0.0, place, " not measured", va="center", fontsize=5, color="#555555")
     right.set_xlabel("costs alone, thousandths of a nat")
     left.set_yticks(list(places), [f"{effect.name}: {effect.choice}" for effect in effects], fontsize=6)
     left.invert_yaxis()

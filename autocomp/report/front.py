@@ -1,6 +1,7 @@
 """A front for readers: a table on the screen and in ``front.md``, and the Pareto picture."""
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from autocomp.errors import RunError
@@ -27,11 +28,19 @@ _HEADER = (
     "",
 )
 
+_SHOWN = (0, 1, 2, 3, 4, 9)
+"""Columns of the table on the screen."""
+
 
 def print_front(front: Front, console: Console) -> None:
-    """Print one line a budget, and where the runs lie."""
-    for row in [_HEADER, *map(_row, front.points)]:
-        console.print(Text("  ".join(cell for cell in (*row[:5], row[-1]) if cell)), soft_wrap=True)
+    """Print one row a budget, and where the runs lie. Fits 80 columns."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for place in _SHOWN:
+        table.add_column(_HEADER[place], justify="left" if place == 0 else "right")
+    for point in front.points:
+        row = _row(point)
+        table.add_row(*(Text(row[place].replace(" (", "\n(")) for place in _SHOWN))
+    console.print(table)
     count = sum(point.verified for point in front.points)
     console.print(
         Text(f"{count} of {len(front.points)} budgets verified; a run for each: {front.folder}"), soft_wrap=True
