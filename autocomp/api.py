@@ -3,7 +3,8 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -19,8 +20,11 @@ from autocomp.report import write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
+from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
-from autocomp.study.profiles import predict_policy
+from autocomp.study.predicted import retargeted
+from autocomp.study.profiles import check_profile, predict_policy
+from autocomp.study.recheck import Verification, verify_run
 from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
@@ -33,13 +37,16 @@ __all__ = [
     "Interrupted",
     "apply_policy",
     "build_profile",
+    "check_profile",
     "load_result",
     "measure",
     "predict_policy",
     "resume",
+    "retarget",
     "run_search",
     "run_sensitivity",
     "search",
+    "verify",
 ]
 
 LIVE = "object:"
@@ -156,6 +163,59 @@ def load_result(run: Path) -> SearchResult:
         raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
     front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
     return SearchResult.from_json({**data, "run": str(run)}, front)
+
+
+def retarget(
+    run: Path, settings: Mapping[str, Any], observer: Observer | None = None, out: Path | None = None
+) -> SearchResult:
+    """A new run for another engine or device, with the policies of an old one.
+
+    Scores are taken over where all that they depend on is what it was, the engine's numerics among it; else the
+    policies are scored again. Latency is measured, or predicted, and finalists are verified anew.
+
+    Args:
+        run: the old one.
+        settings: fields of `SearchConfig` that differ: ``engine``, ``hardware``, ``threads``, ``budget``. With a
+            measured profile as hardware engine and threads are the profile's.
+        out: folder of the new run; None for one under ``runs``.
+
+    Raises:
+        InputError: the folder is no run or of live objects, or nothing is to change; also as `search`.
+        InfeasibleError: as `search`.
+    """
+    watch = observer or _silent
+    manifest = read_manifest(run)
+    old = SearchConfig.from_json(manifest.config)
+    if old.model.startswith(LIVE) or old.data.startswith(LIVE):
+        raise RunError(f"{run} was started from live objects: call autocomp.search with another engine")
+    given = {name: value for name, value in settings.items() if value not in (None, ())}
+    config = retargeted(old, given)
+    folder = out if out is not None else default_folder(config, datetime.now())
+    config = replace(config, out=str(folder))
+    refuse_taken(folder)
+    bench = prepare(config, watch)
+    heritage = heritage_of(run, bench, watch)
+    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as opened:
+        heritage.write(folder)
+        return _conduct(bench, prologue, opened, watch)
+
+
+def verify(run: Path, observer: Observer | None = None) -> Verification:
+    """Measure what a run shipped again, on fresh engines in fresh processes on this device, and judge its budgets.
+
+    Needs the run's folder and its engine, neither model nor data. A run that was predicted for this device becomes a
+    measured one, and its report is written anew.
+
+    Raises:
+        RunError: the folder is no finished run, or not whole.
+        InputError: its engine is not here, or only estimates.
+    """
+    result = load_result(run)
+    with Run.open(run) as opened:
+        found = verify_run(opened, result, observer or _silent)
+    if found.changed:
+        write_report(found.result, run)
+    return found
 
 
 def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:

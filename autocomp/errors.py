@@ -15,6 +15,9 @@ The tree::
     `-- CompressError              a policy could not be applied to the model
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 __all__ = [
     "AutocompError",
     "BudgetError",
@@ -71,4 +74,12 @@ class CompressError(AutocompError):
 
 
 class InfeasibleError(AutocompError):
-    """No policy in the space can meet the budget; the message names the floor and what to relax."""
+    """No policy in the space can meet the budget; the message names the floor and what to relax.
+
+    Attributes:
+        floor: the same for programs, as plain data; None where the floor is not known.
+    """
+
+    def __init__(self, message: str, floor: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.floor = floor

@@ -11,6 +11,8 @@ from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate, TrialResult
 
 __all__ = [
+    "PREDICTED",
+    "ChoiceEffect",
     "Contender",
     "Event",
     "LayerChoice",
@@ -25,6 +27,8 @@ __all__ = [
     "layer_choices",
 ]
 
+PREDICTED = "latencies are "
+"""How the note of a run begins that did not measure."""
 ROLES = ("reference", "best", "uniform", "random")
 """Rows of the closing table, in order."""
 
@@ -192,6 +196,36 @@ def layer_choices(graph: LayerGraph, policy: Policy) -> tuple[LayerChoice, ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class ChoiceEffect:
+    """What one choice of a policy saves and costs.
+
+    Attributes:
+        kind, name: ``channels`` of a group, a removed ``branch``, or the ``precision`` of a layer.
+        choice: for readers: ``8 of 16``, ``removed``, ``int8``.
+        saved_ms: predicted, with its 95 % interval: without this choice a batch takes so much longer; negative where
+            the choice costs time. None without a profile.
+        loss: divergence in nats that the choice alone causes in the uncompressed model; None where it is not known.
+        loss_measured: False where it was read off a line through measured counts.
+        macs_saved: of one sample.
+    """
+
+    kind: str
+    name: str
+    choice: str
+    saved_ms: Interval | None
+    loss: float | None
+    loss_measured: bool
+    macs_saved: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "saved_ms": Interval.from_json(data["saved_ms"]) if data["saved_ms"] else None})
+
+
+@dataclass(frozen=True, slots=True)
 class Trust:
     """How the score that guided a search ranks policies that were scored again on images it never saw.
 
@@ -233,6 +267,7 @@ class SearchResult:
         predicted: latencies are estimates (simulated engine), nothing is verified.
         layers: what ``best`` does to each layer; empty where there is no best.
         trust: in the score that guided the search; None where too few policies were scored.
+        effects: what each choice of ``best`` saves and costs; empty where there is no best.
     """
 
     verified: bool
@@ -247,6 +282,7 @@ class SearchResult:
     predicted: bool = False
     layers: tuple[LayerChoice, ...] = ()
     trust: Trust | None = None
+    effects: tuple[ChoiceEffect, ...] = ()
 
     @property
     def best(self) -> Contender | None:
@@ -271,6 +307,7 @@ class SearchResult:
             "notes": list(self.notes),
             "layers": [choice.to_json() for choice in self.layers],
             "trust": None if self.trust is None else self.trust.to_json(),
+            "choices": [effect.to_json() for effect in self.effects],
         }
 
     @classmethod
@@ -289,4 +326,5 @@ class SearchResult:
             predicted=data["predicted"],
             layers=tuple(LayerChoice.from_json(choice) for choice in data["layers"]),
             trust=Trust(**data["trust"]) if data.get("trust") else None,
+            effects=tuple(ChoiceEffect.from_json(effect) for effect in data.get("choices", ())),
         )

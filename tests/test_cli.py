@@ -26,8 +26,11 @@ from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
-from autocomp.study.profiles import PolicyLatency
+from autocomp.study.profiles import Checked, PolicyLatency, Standing
+from autocomp.study.recheck import Verification
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
+from autocomp.study.staleness import Drift
+from autocomp.study.verify import Verdict
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,6 +75,14 @@ class FakeApi:
         observer(Phase("search", 4))
         return self._answer("resume", run)
 
+    def retarget(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], out: Path | None) -> Any:
+        return self._answer("retarget", run, settings, out)
+
+    def verify(self, run: Path, observer: Callable[..., None]) -> Any:
+        observer(Phase("verify"))
+        print("a library chats")
+        return self._answer("verify", run)
+
     def load_result(self, run: Path) -> Any:
         return self._answer("load_result", run)
 
@@ -85,11 +96,16 @@ class FakeApi:
         print("a library chats")
         return self._answer("run_sensitivity", config), Path("runs/s")
 
-    def build_profile(self, jobs: Any, seconds: float, root: Path | None, observer: Any, progress: Any) -> Any:
+    def check_profile(self, profile: HardwareProfile, config: SearchConfig, observer: Any) -> Any:
+        return self._answer("check_profile", profile, config)
+
+    def build_profile(
+        self, jobs: Any, seconds: float, root: Path | None, observer: Any, progress: Any, *, fresh: bool
+    ) -> Any:
         observer(Note("a note"))
         progress(Progress("m:f", 1, 7, 5, 0.1, 9.0, 9.0))
         print("a library chats")
-        return self._answer("build_profile", jobs, seconds, root)
+        return self._answer("build_profile", jobs, seconds, root, *["fresh"] * fresh)
 
     def predict_policy(self, policy: Policy, config: SearchConfig, profile: Any, observer: Any) -> Any:
         return self._answer("predict_policy", policy, config, profile)
@@ -177,7 +193,11 @@ def test_json_may_be_asked_for_in_the_file_and_taken_back(
     ("outcome", "status", "line"),
     [
         (ModelError("no such\nmodel"), 2, "autocomp: no such model"),
-        (InfeasibleError("the floor is 9 ms: relax the budget"), 3, "autocomp: the floor is 9 ms: relax the budget"),
+        (
+            InfeasibleError("the floor is 9 ms: relax the budget", {"ratio": 0.4}),
+            3,
+            "autocomp: the floor is 9 ms: relax the budget",
+        ),
         (EngineError("refused"), 3, "autocomp: refused"),
         (KeyboardInterrupt("stopped; go on with: autocomp resume runs/x"), 130, "autocomp resume runs/x"),
         (KeyboardInterrupt(), 130, "autocomp: interrupted before the run began"),
@@ -199,7 +219,7 @@ def test_failures_are_one_line_and_a_status(
     assert run(*command, "--json") == status
     out = capfd.readouterr().out
     if status == 3:
-        assert json.loads(out) == {"verified": False, "error": str(outcome)}
+        assert json.loads(out) == {"verified": False, "error": str(outcome), "floor": getattr(outcome, "floor", None)}
     else:
         assert out == ""
 
@@ -380,7 +400,27 @@ def test_profiles_are_listed_with_their_standing(
     assert found["board"] == "foreign" and found["simulated-2t"] == "stale"
     assert run("profile", "show", "simulated-2t") == 0
     out = capfd.readouterr().out
-    assert "stale on this machine: device was cpu: 6502, is unknown" in out and "autocomp profile build" in out
+    command = "autocomp profile build --fresh --engine simulated --threads 2 --hardware simulated"
+    assert f"stale on this machine: device was cpu: 6502, is unknown; build it again with '{command}'" in out
+    assert run("profile", "show", "simulated-2t", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["rebuild"] == command
+
+
+@pytest.mark.parametrize(("measured_ms", "status"), [(11.1, 3), (8.9, 3), (10.5, 0)])
+def test_a_check_says_what_is_stale_and_leaves_with_3(
+    board: HardwareProfile, api: FakeApi, capfd: pytest.CaptureFixture[str], measured_ms: float, status: int
+) -> None:
+    drift = Drift("zoo:resnet8", 4, 10.0, measured_ms)
+    api.outcome = Checked(Standing("measured"), (drift,), "autocomp profile build --fresh" if drift.stale else "")
+    assert run("profile", "check", "board") == status
+    out = capfd.readouterr().out
+    assert f"takes {measured_ms:.3g} ms, the profile says 10 ms" in out
+    assert ("build it again with 'autocomp profile build --fresh'" in out) == bool(status)
+    assert run("profile", "check", "board", "--json") == status
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["standing"] == ("stale" if status else "measured") and printed["drifts"][0]["stale"] == bool(status)
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `profile check`")[1]
+    assert all(f"`{name}`" in documented for name in (*printed, *printed["drifts"][0]))
 
 
 def test_a_profile_is_shown(board: HardwareProfile, capfd: pytest.CaptureFixture[str]) -> None:
@@ -466,6 +506,7 @@ def test_profiles_are_compared(board: HardwareProfile, folder: Path, capfd: pyte
         ("lookup --hardware board --policy gone.json", "no policy file gone.json"),
         ("lookup --policy gone.json --op conv", "leave out --op"),
         ("lookup --policy gone.json --size wide", "the side of the images"),
+        ("check gone", "unknown hardware profile 'gone'"),
         ("diff board gone", "unknown hardware profile 'gone'"),
         ("show torn", "threads, date, measured missing"),
         ("show newer", "its format is not 1"),
@@ -503,6 +544,8 @@ def test_build_passes_its_jobs_and_prints_what_it_made(
     api.outcome = KeyboardInterrupt()
     assert run("profile", "build") == 130
     assert "the same command goes on" in capfd.readouterr().err
+    assert run("profile", "build", "--fresh") == 130
+    assert "the same command without --fresh goes on" in capfd.readouterr().err and api.calls[-1][-1] == "fresh"
 
 
 def test_a_policy_is_looked_up(
@@ -521,6 +564,35 @@ def test_a_policy_is_looked_up(
     assert "predicted: 1.500 ms (95 %: 1.304 to 1.696) at batch 4; 100 %" in out and "stem" in out
     assert run(*words.split(), "--json") == 0
     assert json.loads(capfd.readouterr().out) == {"device": "board", **api.outcome.to_json()}
+
+
+def verification(reason: str | None = None) -> Verification:
+    return Verification(
+        Verdict(reason is None, estimate(0.5), 4000, reason), 0.95, {"name": "cpu", "engine": "e 1"}, finished(), True
+    )
+
+
+def test_retarget_passes_what_differs(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("retarget", "runs/x", "--engine", "openvino", "--threads", "2", "--budget", "9ms", "--out", "y") == 0
+    given = {"engine": "openvino", "hardware": None, "threads": 2, "budget": ("9ms",)}
+    assert api.calls == [("retarget", Path("runs/x"), given, Path("y"))]
+    assert "best found" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("reason", "status"), [(None, 0), ("p50 0.6x is over 0.5x", 3)])
+def test_verify_prints_its_verdict_and_leaves_with_it(
+    api: FakeApi, capfd: pytest.CaptureFixture[str], reason: str | None, status: int
+) -> None:
+    api.outcome = verification(reason)
+    assert run("verify", "runs/x") == status
+    assert api.calls == [("verify", Path("runs/x"))]
+    out = capfd.readouterr().out
+    assert (reason or "Verified: within 15ms, on cpu with e 1, bounds at 95 %") in out and "ratio: 0.500" in out
+    assert run("verify", "runs/x", "--json") == status
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["verified"] is (status == 0) and printed["reason"] == reason
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `verify`")[1]
+    assert all(f"`{name}`" in documented for name in printed)
 
 
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 14, 0)])
@@ -576,6 +648,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
     (folder / "runs" / "half").mkdir(parents=True)
     if " measure " in line:
         api.outcome = estimate(0.5)
+    if " verify " in line:
+        api.outcome = verification()
     if " sensitivity" in line:
         api.outcome = sensitivity()
     if " profile " in line:
@@ -583,6 +657,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         own.save(folder / "hardware_profiles")
         (folder / "runs" / "half" / "policy.json").write_text(json.dumps(Policy().to_json()))
         api.outcome = Built(board, Path("x"), 7, 0, 5, 9.0)
+        if "profile check" in line:
+            api.outcome = Checked(Standing("measured"), (), "")
         if "--policy" in line:
             api.outcome = PolicyLatency(Prediction(1.5, 0.1, 1.0), 4, {}, 0.5)
     assert run(*shlex.split(line)[1:]) == 0

@@ -17,6 +17,7 @@ import torch
 
 import autocomp
 from autocomp.api import apply_policy, run_search
+from autocomp.budget import Budget
 from autocomp.config import SearchConfig
 from autocomp.data import load_data
 from autocomp.data.splits import DataOptions, Split
@@ -176,9 +177,16 @@ def test_an_interrupt_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None
 
 
 def test_an_unreachable_budget_ends_with_the_floor_and_a_marked_run(tmp_path: Path) -> None:
-    with pytest.raises(InfeasibleError, match=r"below the floor.*relax it to about"):
+    with pytest.raises(InfeasibleError, match=r"below the floor.*most of its time.*relax it to about") as caught:
         run_search(simulated(tmp_path / "run", budget=("0.001ms",)))
     assert read_manifest(tmp_path / "run").status == "infeasible"
+    floor = caught.value.floor
+    assert floor is not None and floor["ratio"] < 1
+    shares = [layer["share"] for layer in floor["layers"]]
+    assert floor["layers"][0]["name"] == "conv1" and shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) == pytest.approx(1.0)  # with all branches gone the stem and the head are left
+    (relaxed,) = (Budget.parse(text) for text in floor["relaxed"])
+    assert 0.94 < floor["latency_ms"] / relaxed.limit <= 1  # the floor meets it, and hardly more is given away
 
 
 def test_where_the_reference_meets_the_budget_the_fastest_within_a_point_is_returned(tmp_path: Path) -> None:

@@ -46,7 +46,10 @@ def test_the_readmes_commands_run(root: Path, tmp_path: Path, request: pytest.Fi
             [sys.executable, "-m", "autocomp", *arguments],
             cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
-        # A slow or busy machine may not reach 15ms or verify 0.5x; that is an answer, with a status of its own.
-        allowed = {0, 3} if arguments[0] == "search" else {0}
+        # A slow or busy machine may not reach 15ms or verify 0.5x; that is an answer, with a status of its own. What
+        # the simulated engine says in runs/half cannot be verified.
+        allowed = {"search": {0, 3}, "retarget": {0, 3}, "verify": {2}}.get(arguments[0], {0})
+        if arguments[:2] == ["profile", "check"]:
+            allowed = {0, 3}
         assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -31,7 +32,7 @@ from autocomp.cli.flags import (
 from autocomp.cli.output import INTERRUPTED, console, fail, print_json, quiet_stdout
 from autocomp.cli.profiles import profiles
 from autocomp.cli.spaces import spaces
-from autocomp.errors import AutocompError, InputError
+from autocomp.errors import AutocompError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
     from autocomp.outcome import Observer, SearchResult
@@ -126,6 +127,49 @@ def resume(
         return api.resume(run, observer)
 
     _conduct(work, as_json=bool(json))
+
+
+@app.command()
+def retarget(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    budget: Budgets = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the new run [runs/TIME-MODEL-BUDGET]")] = None,
+    json: AsJson = None,
+) -> None:
+    """Make a new run for another engine or device from the policies of an old one; scores that still hold are kept."""
+    settings = {"engine": engine, "hardware": hardware, "threads": threads, "budget": tuple(budget or ())}
+
+    def work(observer: "Observer") -> "SearchResult":
+        from autocomp import api
+
+        return api.retarget(run, settings, observer, out)
+
+    _conduct(work, as_json=bool(json))
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    json: AsJson = None,
+) -> None:
+    """Measure what a run shipped again on this device, on fresh engines in fresh processes, and judge its budgets."""
+    from autocomp import api
+    from autocomp.report import LiveScreen, print_verification
+
+    screen_and_table = console(sys.stderr if json else sys.stdout)
+    try:
+        with quiet_stdout() if json else nullcontext(), LiveScreen(screen_and_table) as screen:
+            found = api.verify(run, screen)
+    except KeyboardInterrupt:
+        fail("interrupted: the run is as it was, start again", INTERRUPTED)
+    if json:
+        print_json(found.to_json())
+    else:
+        print_verification(found, screen_and_table)
+    sys.exit(0 if found.verdict.admitted else NOTHING_VERIFIED)
 
 
 @app.command()
@@ -280,7 +324,8 @@ def _conduct(work: Callable[["Observer"], "SearchResult"], *, as_json: bool) -> 
             print_result(result, screen_and_table)
     except AutocompError as error:
         if as_json and not isinstance(error, InputError):
-            print_json({"verified": False, "error": str(error)})
+            floor = error.floor if isinstance(error, InfeasibleError) else None
+            print_json({"verified": False, "error": str(error), "floor": floor})
         raise
     except KeyboardInterrupt as error:
         # Raised again it would meet the parser's own handler, which knows nothing of the run folder.

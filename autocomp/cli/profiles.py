@@ -34,6 +34,9 @@ __all__ = ["profiles"]
 
 profiles = typer.Typer(help="Hardware profiles: what was measured on a device.", no_args_is_help=True)
 
+STALE = 3
+"""Exit status of a check that failed."""
+
 Name = Annotated[str, typer.Argument(help="name or folder")]
 Profile = Annotated[Text, typer.Option(help="profile, by name or folder [this device's own]")]
 
@@ -99,6 +102,33 @@ def diff_profiles(
 
 
 @profiles.command()
+def check(
+    name: Annotated[Text, typer.Argument(help="name or folder [this device's own]")] = None,
+    engine: Engine = None,
+    threads: Threads = None,
+    json: AsJson = None,
+) -> None:
+    """Time a profile's uncompressed engines again; where it is stale say how to build it, with exit status 3."""
+    from autocomp.config import read_config
+
+    flags = {"engine": engine, "threads": threads}
+    settings = read_config(None, flags)
+    from autocomp import api
+    from autocomp.report import BuildScreen, print_checked
+    from autocomp.study.profiles import find_profile
+
+    profile = find_profile(name, settings)
+    with quiet_stdout(), BuildScreen(console(sys.stderr)) as screen:
+        found = api.check_profile(profile, settings, screen)
+    if json:
+        print_json({"device": profile.device, **found.to_json()})
+    else:
+        print_checked(profile, found, console(sys.stdout))
+    if found.rebuild:
+        raise typer.Exit(STALE)
+
+
+@profiles.command()
 def build(
     context: typer.Context,
     model: Model = None,
@@ -115,6 +145,7 @@ def build(
     std: Std = None,
     size: Size = None,
     seed: Seed = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="measure all anew, whatever the profile holds")] = False,
     out: Annotated[Path | None, typer.Option(help="folder that profiles are kept in [the user's own]")] = None,
     config: Config = None,
     json: AsJson = None,
@@ -122,7 +153,7 @@ def build(
     """Measure the kernels that a model and a space can reach on this device, the most uncertain first."""
     from autocomp.config import read_config
 
-    settings = read_config(config, settings_of(context, "like", "batch", "seconds", "out", "json"))
+    settings = read_config(config, settings_of(context, "like", "batch", "seconds", "fresh", "out", "json"))
     batches = _batches(batch)
     if like is not None and (model or weights or data):
         raise ConfigError("--like takes models and data from its profile: leave out --model, --weights and --data")
@@ -134,9 +165,10 @@ def build(
     jobs = jobs_of(settings, batches) if like is None else jobs_like(settings, _load(like), batches)
     try:
         with quiet_stdout(), BuildScreen(console(sys.stderr)) as screen:
-            built = api.build_profile(jobs, seconds, out, screen, screen.progress)
+            built = api.build_profile(jobs, seconds, out, screen, screen.progress, fresh=fresh)
     except KeyboardInterrupt:
-        fail("interrupted: every engine measured so far is kept; the same command goes on from there", INTERRUPTED)
+        again = f"the same command{' without --fresh' * fresh} goes on from there"
+        fail(f"interrupted: every engine measured so far is kept; {again}", INTERRUPTED)
     if json:
         print_json(built.to_json())
     else:
@@ -218,7 +250,10 @@ def _own(hardware: str | None, settings: "SearchConfig") -> "HardwareProfile":
     profile = find_profile(hardware, settings)
     found = standing(profile)
     if found.kind == "stale":
-        print(f"note: the profile {profile.device} is stale ({'; '.join(found.differences)})", file=sys.stderr)
+        print(
+            f"note: the profile {profile.device} is stale ({'; '.join(found.differences)}): run '{found.rebuild}'",
+            file=sys.stderr,
+        )
     elif found.kind == "foreign":
         print(f"note: the profile {profile.device} is of another device than this one", file=sys.stderr)
     return profile

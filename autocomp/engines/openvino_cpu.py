@@ -41,7 +41,9 @@ class OpenVinoBackend:
     def __init__(self, spec: BackendSpec) -> None:
         """Raises: ConfigError for a hardware name: this backend runs where it is."""
         if spec.hardware is not None:
-            raise ConfigError(f"openvino runs on this machine, not on {spec.hardware!r}: leave the hardware out")
+            raise ConfigError(
+                f"openvino runs on this machine: {spec.hardware!r} is no measured profile, see profile list"
+            )
         self.batch = spec.batch
         self._threads = spec.threads
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from autocomp.capabilities import DeviceInfo
+from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.errors import ConfigError, InputError, RunError
 from autocomp.hardware.kernels import Kernel
 from autocomp.space import toml
@@ -102,6 +102,7 @@ class HardwareProfile:
         notes: what a reader should know.
         kernels: measured, sorted; empty for a described device.
         engines: that they were measured in.
+        capabilities: what the engine runs there, and in which arithmetic; None where that was not recorded.
     """
 
     device: str
@@ -114,6 +115,7 @@ class HardwareProfile:
     notes: str = ""
     kernels: tuple[KernelTime, ...] = ()
     engines: tuple[EngineTime, ...] = ()
+    capabilities: Capabilities | None = None
 
     def __post_init__(self) -> None:
         if not self.engine or not self.device or Path(self.device).name != self.device:
@@ -124,9 +126,18 @@ class HardwareProfile:
             raise ConfigError("a device that is only described has no measured kernels: set measured = true")
 
     @classmethod
-    def of(cls, device: DeviceInfo, today: datetime.date, protocol: str) -> Self:
+    def of(
+        cls, device: DeviceInfo, today: datetime.date, protocol: str, capabilities: Capabilities | None = None
+    ) -> Self:
         """An empty one, to be measured."""
-        return cls(device.name, device.engine, device.threads, today, True, _details(device), protocol)
+        fields = (device.name, device.engine, device.threads, today, True, _details(device), protocol)
+        return cls(*fields, capabilities=capabilities)
+
+    @property
+    def fingerprint(self) -> DeviceInfo:
+        """The device as it was measured."""
+        details = tuple(part.split(": ", 1) for part in self.details.split("; ") if ": " in part)
+        return DeviceInfo(self.device, self.engine, self.threads, tuple((name, value) for name, value in details))
 
     def differences(self, device: DeviceInfo) -> tuple[str, ...]:
         """What a device has otherwise than the one that was measured; empty where the profile fits."""
@@ -156,6 +167,11 @@ class HardwareProfile:
             "details": toml.string,
             "protocol": toml.string,
             "notes": toml.string,
+            "precisions": toml.precisions,
+            "channel_multiple": toml.integer,
+            "signed_activations": toml.boolean,
+            "symmetric_activations": toml.boolean,
+            "weight_max": toml.integer,
         }
         try:
             values = toml.read(tomllib.loads(path.read_text(encoding="utf-8")), readers)
@@ -164,6 +180,7 @@ class HardwareProfile:
             missing = [key for key in ("device", "engine", "threads", "date", "measured") if key not in values]
             if missing:
                 raise ConfigError(f"{', '.join(missing)} missing: the file is torn, profile the device again")
+            values["capabilities"] = _capabilities(values)
             path = folder / "kernels.csv"
             if values["measured"] and not path.exists():
                 raise ConfigError("it is missing: the profile is torn, profile the device again")
@@ -171,6 +188,8 @@ class HardwareProfile:
             path = folder / "engines.csv"
             engines = _rows(path, _ENGINE_COLUMNS, _engine_time, optional=("data",))
             return cls(**values, kernels=kernels, engines=engines)
+        except csv.Error as error:
+            raise ConfigError(f"{path}: it is torn ({error}): profile the device again") from error
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, InputError) as error:
             raise ConfigError(f"{path}: {error}") from error
 
@@ -181,7 +200,11 @@ class HardwareProfile:
             RunError: the folder cannot be written.
         """
         folder = root / self.device
-        head = {key: value for key, value in asdict(self).items() if key not in ("kernels", "engines")}
+        head = {key: value for key, value in asdict(self).items() if key not in ("kernels", "engines", "capabilities")}
+        found = self.capabilities
+        if found is not None:
+            own = {"precisions": tuple(map(str, found.precisions)), "channel_multiple": found.channel_multiple}
+            head |= own | found.numerics.to_json()
         lines = [f"{key} = {toml.write(value)}" for key, value in {"format": FORMAT, **head}.items()]
         kernels = [
             [*map(_cell, _values(entry.kernel)), entry.median_ms, entry.deviation_ms, entry.samples]
@@ -204,6 +227,25 @@ class HardwareProfile:
                 f"cannot write the profile {folder}: {error.strerror}; free space or choose a folder"
             ) from error
         return folder
+
+
+def _capabilities(values: dict[str, Any]) -> Capabilities | None:
+    """Take what an engine runs out of a file's values; none of it may be missing where there is some.
+
+    Raises:
+        ConfigError: a part is missing, or is no sensible number.
+    """
+    names = ("precisions", "channel_multiple", *(field.name for field in fields(Numerics)))
+    found = {name: values.pop(name) for name in names if name in values}
+    if not found:
+        return None
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)} missing: the file is torn, profile the device again")
+    if found["channel_multiple"] < 1 or not 1 <= found["weight_max"] <= 127:
+        raise ConfigError("channel_multiple must be 1 or more, and weight_max between 1 and 127")
+    precisions, multiple, *numerics = found.values()
+    return Capabilities(precisions, multiple, Numerics(*numerics))
 
 
 def _details(device: DeviceInfo) -> str:

@@ -1,10 +1,11 @@
 """What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
-from autocomp.report.console import LiveScreen, print_estimate, print_result
+from autocomp.report.console import LiveScreen, print_estimate, print_result, print_verification
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
     estimate_json,
+    print_checked,
     print_difference,
     print_estimated,
     print_policy,
@@ -17,6 +18,7 @@ __all__ = [
     "BuildScreen",
     "LiveScreen",
     "estimate_json",
+    "print_checked",
     "print_difference",
     "print_estimate",
     "print_estimated",
@@ -24,6 +26,7 @@ __all__ = [
     "print_profile",
     "print_result",
     "print_sensitivity",
+    "print_verification",
     "profile_json",
     "write_report",
     "write_sensitivity",

@@ -21,8 +21,9 @@ from autocomp.report.tables import (
     verdict,
 )
 from autocomp.results import LatencyEstimate, TrialResult
+from autocomp.study.recheck import Verification
 
-__all__ = ["LiveScreen", "print_estimate", "print_result"]
+__all__ = ["LiveScreen", "print_estimate", "print_result", "print_verification"]
 
 ESTIMATE = "predicted, an estimate"
 
@@ -143,6 +144,23 @@ def print_result(result: SearchResult, console: Console) -> None:
     counts = ", ".join(f"{count} {role}" for role, count in result.trials.items())
     console.print(Text(f"{sum(result.trials.values())} evaluations ({counts}) in {duration(result.seconds)}"))
     console.print(Text(f"run folder: {result.run}"), soft_wrap=True)
+
+
+def print_verification(found: Verification, console: Console) -> None:
+    """Print what fresh engines said of a run's model."""
+    latency = found.verdict.latency
+    asked = " and ".join(map(str, found.result.budgets))
+    said = f"Verified: within {asked}" if found.verdict.admitted else f"Not verified: {found.verdict.reason}"
+    lines = [
+        f"latency {latency.statistic}: {milliseconds(latency.latency_ms).line} ms",
+        f"uncompressed: {milliseconds(latency.reference_ms).line} ms",
+        f"ratio: {latency.ratio.value:.3f} ({latency.ratio.low:.3f} to {latency.ratio.high:.3f})",
+        f"{said}, on {found.device['name']} with {found.device['engine']}, bounds at {100 * found.confidence:.3g} %",
+    ]
+    if found.changed:
+        lines.append(f"the run was predicted for this device; its report now has the measurement: {found.result.run}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
 
 
 def print_estimate(estimate: LatencyEstimate, console: Console, *, predicted: bool, compared: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from autocomp.errors import RunError
 from autocomp.outcome import LayerChoice, SearchResult
 from autocomp.policy import Policy
+from autocomp.report.effects import draw_effects, effects_table
 from autocomp.report.pareto import draw
 from autocomp.report.tables import (
     ABSENT,
@@ -26,18 +27,22 @@ from autocomp.report.tables import (
 
 __all__ = ["PICTURE", "REPORT", "render", "write_report"]
 
-REPORT, PICTURE = "report.md", "pareto.png"
+REPORT, PICTURE, EFFECTS = "report.md", "pareto.png", "choices.png"
 MAX_FAILURES = 10
+MEASURED = "Latencies and ratios are of the engine, with confidence bounds; accuracy is the engine's"
+PREDICTED = "Latencies and ratios are predicted, nothing was measured; accuracy is of the engine's numerics"
 
 
 def write_report(result: SearchResult, folder: Path) -> None:
-    """Write ``report.md`` and ``pareto.png``, replacing older ones.
+    """Write ``report.md``, ``pareto.png`` and, where choices are explained, ``choices.png``, replacing older ones.
 
     Raises:
         RunError: the folder cannot be written.
     """
     try:
         draw(result, folder / PICTURE)
+        if result.effects:
+            draw_effects(result.effects, folder / EFFECTS)
         (folder / REPORT).write_text(render(result, _manifest(folder)), encoding="utf-8")
     except OSError as error:
         raise RunError(
@@ -65,6 +70,9 @@ def render(result: SearchResult, manifest: Mapping[str, Any]) -> str:
         f"![What each trial cost and how good it was]({PICTURE})",
         f"## Device\n\n{_device(result, manifest)}",
     ]
+    if result.effects:
+        text = f"{effects_table(result.effects)}\n\n![What each choice saves and costs]({EFFECTS})"
+        sections.insert(4, f"## What each choice saves and costs\n\n{text}")
     if result.notes:
         sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.notes))
     if "command" in manifest:
@@ -123,8 +131,8 @@ def _contenders(result: SearchResult) -> str:
             (
                 main,
                 remarks.strip(),
-                "Latencies and ratios are of the engine, with confidence bounds; accuracy is the engine's on the test "
-                "split, its change paired with the uncompressed engine's on the same images (95% interval).",
+                f"{PREDICTED if result.predicted else MEASURED} on the test split, its change paired with the "
+                "uncompressed engine's on the same images (95% interval).",
                 "Accuracy that guided the choices, not to be compared with the test split's:",
                 evidence,
             ),

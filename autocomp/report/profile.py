@@ -14,11 +14,12 @@ from autocomp.hardware import HardwareProfile, Kernel, KernelEstimate, ProfileDi
 from autocomp.outcome import Event, Note, Phase
 from autocomp.report.tables import duration, significant
 from autocomp.study.build_profile import Progress as Stand
-from autocomp.study.profiles import PolicyLatency, Standing
+from autocomp.study.profiles import Checked, PolicyLatency, Standing
 
 __all__ = [
     "BuildScreen",
     "estimate_json",
+    "print_checked",
     "print_difference",
     "print_estimated",
     "print_policy",
@@ -88,6 +89,7 @@ def profile_json(profile: HardwareProfile, found: Standing) -> dict[str, Any]:
         "notes": profile.notes,
         "standing": found.kind,
         "differences": list(found.differences),
+        "rebuild": found.rebuild or None,
         "kernels": [
             {"op": op, "precision": precision, "batch": batch, "kernels": count}
             for (op, precision, batch), count in _counts(profile).items()
@@ -115,6 +117,17 @@ def print_profile(profile: HardwareProfile, found: Standing, console: Console) -
     for (op, precision, batch), count in _counts(profile).items():
         table.add_row(op, precision, str(batch), str(count))
     console.print(table)
+
+
+def print_checked(profile: HardwareProfile, found: Checked, console: Console) -> None:
+    """Print whether a profile still says what its device does, and else what to do."""
+    for line in (*found.standing.differences, *map(str, found.drifts)):
+        console.print(Text(line), soft_wrap=True)
+    if found.rebuild:
+        line = f"{profile.device} is stale: build it again with '{found.rebuild}'"
+        console.print(Text(line, style="yellow"), soft_wrap=True)
+    elif found.drifts:
+        console.print(Text(f"{profile.device} fits this device"), soft_wrap=True)
 
 
 def estimate_json(kernel: Kernel, found: KernelEstimate, profile: HardwareProfile) -> dict[str, Any]:
@@ -195,7 +208,7 @@ def _standing(profile: HardwareProfile, found: Standing) -> str:
     if found.kind == "described":
         return "described: nothing was measured"
     if found.kind == "stale":
-        return f"stale on this machine: {'; '.join(found.differences)}; build it again with 'autocomp profile build'"
+        return f"stale on this machine: {'; '.join(found.differences)}; build it again with '{found.rebuild}'"
     if found.kind == "foreign":
         return f"note: of another device than this one{f' ({found.here})' if found.here else ''}"
     return "measured: it fits this machine"

@@ -116,8 +116,9 @@ def shipped_digests(bench: Workbench) -> dict[str, str]:
 
 
 def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[TrialResult]) -> None:
-    """Write the best model, the table of trials and ``result.json``."""
+    """Write the best model and the uncompressed one, the table of trials and ``result.json``."""
     if result.best is not None:
+        run.write("reference.onnx", bench.reference)
         write_model(bench, bench.emitter.finish(result.best.policy), run.folder)
     write_table(run, results)
     run.write("result.json", json.dumps(result.to_json(), indent=2))

@@ -144,6 +144,8 @@ def build_profile(
     observer: Observer,
     progress: Callable[[Progress], None],
     clock: Callable[[], float] = monotonic,
+    *,
+    fresh: bool = False,
 ) -> Built:
     """Measure the kernels of each job's model and space, the most uncertain first, for each batch in turn.
 
@@ -156,6 +158,7 @@ def build_profile(
         root: the folder that profiles are kept in; None for the user's own.
         observer: told of phases and notes.
         progress: told after every engine.
+        fresh: begin with an empty profile, whatever the folder holds.
 
     Raises:
         InputError: something does not fit, or the profile there cannot be read or written.
@@ -169,8 +172,10 @@ def build_profile(
         notes.append(text)
         observer(Note(text))
 
-    device = make_backend(backend_spec(jobs[0].config)).device
-    profile = _existing(device, root, note)
+    backend = make_backend(backend_spec(jobs[0].config))
+    device = backend.device
+    empty = HardwareProfile.of(device, date.today(), str(PROTOCOL), backend.capabilities())
+    profile = empty if fresh else _existing(empty, device, root, note)
     place = root if root is not None else resources.writable("hardware_profiles")
     known, spent, engines, busy = len(profile.kernels), 0.0, 0, 0
     left = sum(len(job.batches) for job in jobs)
@@ -247,14 +252,15 @@ def _with_batch(bench: Workbench, batch: int) -> Workbench:
     return replace(bench, config=config, spec=spec, backend=make_backend(spec))
 
 
-def _existing(device: DeviceInfo, root: Path | None, note: Callable[[str], None]) -> HardwareProfile:
-    """The device's profile so far; an empty one where there is none, or where it belongs to another device.
+def _existing(
+    empty: HardwareProfile, device: DeviceInfo, root: Path | None, note: Callable[[str], None]
+) -> HardwareProfile:
+    """The device's profile so far; the empty one where there is none, or where it belongs to another device.
 
     Raises:
         ConfigError: it cannot be read.
     """
     folder = root / device.name if root is not None else resources.available("hardware_profiles").get(device.name)
-    empty = HardwareProfile.of(device, date.today(), str(PROTOCOL))
     if folder is None or not (folder / "profile.toml").exists():
         return empty
     try:
@@ -263,7 +269,7 @@ def _existing(device: DeviceInfo, root: Path | None, note: Callable[[str], None]
         raise ConfigError(f"{error}; delete {folder} and build again") from error
     differences = profile.differences(device)
     if profile.measured and not differences:
-        return profile
+        return replace(profile, capabilities=empty.capabilities)
     why = f"stale ({'; '.join(differences)})" if profile.measured else "described, not measured"
     note(f"the profile {device.name} was {why}: it is replaced")
     return empty

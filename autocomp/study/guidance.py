@@ -16,8 +16,10 @@ from autocomp.outcome import Note, Observer, Phase, Step
 from autocomp.policy import Policy, Precision
 from autocomp.protocols import Engine
 from autocomp.study.knowledge import Terms, layer_terms, losses, shape_terms, terms_of
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.profiling import PROTOCOL, Subject, quiet_ms, survey
 from autocomp.study.sensitivity import Sensitivity, stored_bytes
+from autocomp.study.staleness import Drift, expected_ms, rebuild_command
 from autocomp.study.trial import Limits
 from autocomp.study.workbench import EditEmitter, Workbench
 
@@ -43,14 +45,23 @@ def subject_of(bench: Workbench, reference: Engine) -> Subject | None:
 def known_profile(bench: Workbench, observer: Observer) -> HardwareProfile | None:
     """The profile of this device, where there is one that still fits."""
     device = bench.backend.device
+    folder = resources.available("hardware_profiles").get(device.name)
+    if folder is None:
+        return None
     try:
-        profile = HardwareProfile.load(resources.find("hardware_profiles", device.name))
-    except ConfigError:
+        profile = HardwareProfile.load(folder)
+    except ConfigError as error:
+        observer(Note(f"the profile {device.name} cannot be read ({error}): kernels are measured anew, for this run"))
         return None
     differences = profile.differences(device)
     if not profile.measured or not differences:
         return profile if profile.measured else None
-    observer(Note(f"the profile {device.name} is stale ({'; '.join(differences)}): kernels are measured anew"))
+    observer(
+        Note(
+            f"the profile {device.name} is stale ({'; '.join(differences)}): kernels are measured anew; for a whole "
+            f"profile run '{rebuild_command(profile)}'"
+        )
+    )
     return None
 
 
@@ -70,15 +81,39 @@ def obtain_profile(
     kept = folder / "profile"
     if (kept / device.name / "profile.toml").is_file():
         return subject, HardwareProfile.load(kept / device.name)
-    profile = known_profile(bench, observer) or HardwareProfile.of(device, date.today(), str(PROTOCOL))
+    if isinstance(bench.backend, PredictedBackend):
+        bench.backend.known.save(kept)
+        return subject, bench.backend.known
+    known = known_profile(bench, observer)
+    if known is not None:
+        _tell_drift(known, subject, bench.spec.batch, observer)
+    profile = known or HardwareProfile.of(device, date.today(), str(PROTOCOL), bench.backend.capabilities())
     observer(Phase("profile", SURVEY_ENGINES))
     seconds = SURVEY_S if bench.backend.measures else float("inf")
     profile = survey(subject, profile, seconds, SURVEY_ENGINES, lambda _: observer(Step()), bench.config.seed)
     profile.save(kept)
     if bench.backend.measures:
-        with suppress(OSError, RunError):  # a search goes on where it cannot be kept for the next one
+        with suppress(OSError, ConfigError, RunError):  # a search goes on where it cannot be kept for the next one
+            kept_before = resources.available("hardware_profiles").get(device.name)
+            if kept_before is not None:
+                HardwareProfile.load(kept_before)  # one that cannot be read is left for its owner to mend
             profile.save(resources.writable("hardware_profiles"))
     return subject, profile
+
+
+def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, observer: Observer) -> None:
+    """A note where the uncompressed engine is not as fast as the profile says; ratios still guide the search."""
+    expected = expected_ms(profile, subject.graph, batch)
+    if expected is None:
+        return
+    drift = Drift(subject.model, batch, expected, subject.reference_ms)
+    if drift.stale:
+        observer(
+            Note(
+                f"the profile {profile.device} is stale, or the device is busy: {drift}; only ratios of its times are "
+                f"used; on a quiet device run '{rebuild_command(profile)}'"
+            )
+        )
 
 
 def guidance(

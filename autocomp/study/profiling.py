@@ -27,7 +27,7 @@ from autocomp.results import OperatorTimes, TimingProtocol
 from autocomp.space import PolicySpace
 from autocomp.study.steady import DRIFT
 
-__all__ = ["PROTOCOL", "Subject", "Survey", "measured_engine", "quiet_ms", "survey"]
+__all__ = ["PROTOCOL", "Subject", "Survey", "by_layer", "measured_engine", "quiet_ms", "survey"]
 
 PROTOCOL = TimingProtocol(warmup_ms=60.0, blocks=5, block_ms=40.0)
 """Of a whole engine beside the reference."""
@@ -158,12 +158,8 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
     with subject.backend.build(onnx) as engine, device_lock(subject.backend.device):
         slowed, wall_ms, found = _timed(subject, engine, onnx)
     scale = wall_ms / found.run_ms
-    nodes = by_graph_value(onnx, found.by_value, subject.values)
-    belongs = owners(subject.graph, subject.graph.live(policy))
     kernels = kernels_of(subject.graph, policy, subject.backend.batch)
-    sums = dict.fromkeys(kernels, 0.0)
-    for node, ms in nodes.items():
-        sums[belongs[node]] += scale * ms
+    sums = {name: scale * ms for name, ms in by_layer(subject.graph, policy, onnx, found, subject.values).items()}
     times = {entry.kernel: entry for entry in profile.kernels}
     slower = _slowdown([(times[kernel], sums[name]) for name, kernel in kernels.items() if kernel in times])
     for name, kernel in kernels.items():
@@ -173,6 +169,17 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
     whole = EngineTime(subject.model, subject.backend.batch, len(kernels), total_ms, wall_ms / slower, subject.noise)
     profile = replace(profile, kernels=tuple(times.values()), engines=(*profile.engines, whole))
     return profile, slowed <= 1 + DRIFT
+
+
+def by_layer(
+    graph: LayerGraph, policy: Policy, onnx: bytes, found: OperatorTimes, values: Mapping[str, str]
+) -> dict[str, float]:
+    """Layer -> ms of its kernel, and `ENTRY` -> what comes before the first, from the operators' times in a file."""
+    belongs = owners(graph, graph.live(policy))
+    sums = dict.fromkeys(belongs.values(), 0.0)
+    for node, ms in by_graph_value(onnx, found.by_value, values).items():
+        sums[belongs[node]] += ms
+    return sums
 
 
 def quiet_ms(reference: Engine, blocks: int = 30, repeats: int = 3) -> float:

@@ -9,16 +9,20 @@ from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ModelError
 from autocomp.hardware import LatencyTable
-from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
+from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
-from autocomp.results import Interval, LatencyEstimate, Score, TimingProtocol
+from autocomp.results import LatencyEstimate, Score, TimingProtocol
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import make_executor
+from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.guidance import guidance
+from autocomp.study.heritage import inherited_plans, read_heritage
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
+from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import initial_policies, quick_sensitivity
 from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
@@ -27,6 +31,7 @@ from autocomp.study.trust import gauge
 from autocomp.study.verify import (
     Finalist,
     Verdict,
+    reference_latency,
     select,
     statistics_of,
     verification_protocol,
@@ -94,6 +99,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
             "the uncompressed engine meets the budget already; searching for the fastest policy within "
             "1 point of its accuracy"
         )
+    heritage = read_heritage(run.folder)
     metric = load_metric(bench.config.metric)
     scorer = Scorer(bench.splits.search, prologue.search, bench.splits.labelled, metric)
     trials = Trials(
@@ -107,12 +113,18 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
         observer=observer,
+        scores=heritage.scores if heritage is not None else {},
     )
     probe_floor(bench, trials, observer)
     executor = make_executor(bench.config.executor, trials)
     study = Study(run, executor, observer)
     try:
-        for plan in _plans(bench, _controller(bench, limits, prologue.reference, run, observer)):
+        sensitivity = quick_sensitivity(bench, run, observer)
+        if heritage is not None:
+            plans = inherited_plans(heritage, bench.config.wave)
+        else:
+            plans = _plans(bench, _controller(bench, limits, prologue.reference, sensitivity, run, observer))
+        for plan in plans:
             study.explore(plan)
     finally:
         executor.close()
@@ -146,6 +158,7 @@ def search(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) -
         predicted=not bench.backend.measures,
         layers=layer_choices(bench.traced.graph, best.policy) if best is not None else (),
         trust=trust,
+        effects=explained(bench, best.policy, sensitivity, run.folder) if best is not None else (),
     )
     ship(bench, run, result, study.results)
     return result
@@ -159,10 +172,10 @@ def _data_notes(bench: Workbench) -> Sequence[str]:
         )
     if not bench.splits.labelled:
         notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
-    if not bench.backend.measures:
-        notes.append(
-            f"latencies are estimates of a described device ({bench.backend.device.name}), nothing is verified"
-        )
+    if isinstance(bench.backend, PredictedBackend):
+        notes.append(bench.backend.note)
+    elif not bench.backend.measures:
+        notes.append(f"{PREDICTED}estimates of a described device ({bench.backend.device.name}), nothing is verified")
     return notes
 
 
@@ -189,10 +202,16 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     return limits, estimates[0]
 
 
-def _controller(bench: Workbench, limits: Limits, reference: Engine, run: Run, observer: Observer) -> Controller:
+def _controller(
+    bench: Workbench,
+    limits: Limits,
+    reference: Engine,
+    sensitivity: Sensitivity | None,
+    run: Run,
+    observer: Observer,
+) -> Controller:
     """The one that was asked for, with what is known before the first trial; evolution where that is too little."""
     config = bench.config
-    sensitivity = quick_sensitivity(bench, run, observer)
     if config.controller != "guided":
         initial = initial_policies(bench, limits, sensitivity, WARM_STARTS)
         return make_controller(config.controller, bench.space, config.seed, initial)
@@ -204,7 +223,7 @@ def _controller(bench: Workbench, limits: Limits, reference: Engine, run: Run, o
     return make_controller("evolution", bench.space, config.seed, initial)
 
 
-def _plans(bench: Workbench, controller: Controller) -> list[Plan]:
+def _plans(bench: Workbench, controller: Controller) -> Sequence[Plan]:
     """The search, then both baselines with as many evaluations."""
     config, space = bench.config, bench.space
     granted = config.resolved_baseline_trials()
@@ -265,10 +284,7 @@ def _contenders(
     baseline = predict(trials.reference, bench.splits.test)
     best = winners.get("best")
     if best is not None:
-        verified = best[1].latency
-        reference = LatencyEstimate(
-            verified.statistic, verified.reference_ms, verified.reference_ms, Interval(1.0, 1.0, 1.0), verified.samples
-        )
+        reference = reference_latency(best[1].latency)
     search, held_out, test = (
         found.accuracy if labelled else None for found in (trials.scorer.reference, selection.reference, baseline)
     )

@@ -130,6 +130,7 @@ class Trials:
         limits: budgets and reference values.
         protocol: of the quick timing that guides the search.
         cache: latencies measured before.
+        scores: digest of a policy -> its score, where an earlier run found it under equal keys.
         observer: told of each stage.
     """
 
@@ -143,6 +144,7 @@ class Trials:
     protocol: TimingProtocol
     cache: LatencyTable
     observer: Observer
+    scores: Mapping[str, Score] = field(default_factory=dict)
 
     @property
     def device(self) -> DeviceInfo:
@@ -188,6 +190,15 @@ class Trials:
                 latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
                 stage=watch.stage, cached_timing=cached, seconds=watch.seconds,
             )  # fmt: skip
+        score = self.scores.get(policy.digest) or self._score(policy, watch)
+        return TrialResult(
+            number, role, policy, "ok", violations + self.limits.loss(score),
+            objective=self.limits.objective(score, ratio), score=score,
+            latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
+            cached_timing=cached, seconds=watch.seconds,
+        )  # fmt: skip
+
+    def _score(self, policy: Policy, watch: _Stopwatch) -> Score:
         with watch.at("compress"):
             compressed = self.emitter.compress(policy)
         with watch.at("emit"):
@@ -195,13 +206,7 @@ class Trials:
         with watch.at("build"):
             engine = self.backend.build(onnx)
         with watch.at("score"), engine:
-            score = self.scorer.score(engine)
-        return TrialResult(
-            number, role, policy, "ok", violations + self.limits.loss(score),
-            objective=self.limits.objective(score, ratio), score=score,
-            latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
-            cached_timing=cached, seconds=watch.seconds,
-        )  # fmt: skip
+            return self.scorer.score(engine)
 
     def _time(self, onnx: bytes) -> tuple[float, bool]:
         key = LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)

@@ -1,23 +1,36 @@
 """Finalists: scored again on images the search never saw, then measured on fresh engines, and admitted or not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil
+from math import ceil, hypot
 
 from autocomp.budget import Budget
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh
+from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh, merge
+from autocomp.engines.label import policy_of
 from autocomp.errors import EngineError
 from autocomp.outcome import Note, Observer, Stage
-from autocomp.protocols import Engine
-from autocomp.results import LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.protocols import Backend, Engine
+from autocomp.results import Interval, LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
 from autocomp.study.steady import DRIFT, Patience
 from autocomp.study.trial import Limits, Trials
 
-__all__ = ["Finalist", "Verdict", "admit", "select", "statistics_of", "verification_protocol", "verify_role"]
+__all__ = [
+    "Finalist",
+    "Verdict",
+    "admit",
+    "reference_latency",
+    "select",
+    "statistics_of",
+    "verification_protocol",
+    "verify_role",
+]
 
+NORMAL = 1.959964
+"""Standard deviations to either side that hold 95 %."""
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
 LOOKED_AT = 5
@@ -55,6 +68,12 @@ def statistics_of(budgets: Sequence[Budget]) -> tuple[str, ...]:
     """The latency statistics judged, in the budgets' order; p50 where no latency is budgeted."""
     found = tuple(dict.fromkeys(budget.statistic for budget in budgets if budget.statistic is not None))
     return found or ("p50",)
+
+
+def reference_latency(verified: LatencyEstimate) -> LatencyEstimate:
+    """The uncompressed engine's, from a measurement beside it."""
+    own = verified.reference_ms
+    return LatencyEstimate(verified.statistic, own, own, Interval(1.0, 1.0, 1.0), verified.samples)
 
 
 def verification_protocol(statistics: Sequence[str], builds: int = 5, blocks: int = 8) -> TimingProtocol:
@@ -134,6 +153,7 @@ def admit(
     onnx: bytes,
     reference: bytes,
     spec: BackendSpec,
+    backend: Backend,
     limits: Limits,
     macs: int,
     confidence: float,
@@ -145,11 +165,15 @@ def admit(
     A relative latency budget is judged on the paired ratio of interleaved blocks, an absolute one on the raw times.
 
     Args:
+        spec, backend: of the engine, for other processes and for this one.
         limits: with the latency that the uncompressed engine usually has.
         confidence: of the two-sided bounds; 1 - 0.05 / K when at most K finalists are tried.
         patience: waits for the device to run as usual.
     """
-    take = partial(measure_fresh, spec, onnx, reference, protocol)
+    if backend.measures:
+        take = partial(measure_fresh, spec, onnx, reference, protocol)
+    else:
+        take = partial(_computed, backend, onnx, reference, protocol)
     timing = patience.measure(take, limits.latency_ms["p50"])
     size_bytes = initializer_bytes(onnx)
     few = _too_few(timing, statistics_of(limits.budgets), protocol.builds)
@@ -161,7 +185,28 @@ def admit(
         if (reason := _broken(budget, timing, limits, macs, size_bytes, confidence)) is not None
     ]
     latency = estimate(timing, statistics_of(limits.budgets)[0], confidence)
+    if isinstance(backend, PredictedBackend):
+        latency = _uncertain(latency, backend, onnx, reference)
     return Verdict(not reasons, latency, size_bytes, "; ".join(reasons) or None)
+
+
+def _uncertain(latency: LatencyEstimate, backend: PredictedBackend, onnx: bytes, reference: bytes) -> LatencyEstimate:
+    """Bounds of 95 % by what the profile does not know; those of the ratio take both errors to be independent."""
+    found, whole = (backend.prediction(policy_of(file)) for file in (onnx, reference))
+    spread = latency.ratio.value * NORMAL * hypot(found.deviation_ms / found.ms, whole.deviation_ms / whole.ms)
+    return replace(
+        latency,
+        latency_ms=Interval(latency.latency_ms.value, *found.interval_ms),
+        reference_ms=Interval(latency.reference_ms.value, *whole.interval_ms),
+        ratio=Interval(latency.ratio.value, max(latency.ratio.value - spread, 0.0), latency.ratio.value + spread),
+    )
+
+
+def _computed(backend: Backend, onnx: bytes, reference: bytes, protocol: TimingProtocol) -> Timing:
+    """Of an engine whose times are computed: in another process they would be the same."""
+    with backend.build(onnx) as candidate, backend.build(reference) as beside:
+        builds = [compare(candidate, beside, protocol, build) for build in range(protocol.builds)]
+    return merge(builds, protocol.max_drift)
 
 
 def _too_few(timing: Timing, statistics: Sequence[str], builds: int) -> str | None:
@@ -220,8 +265,9 @@ def verify_role(
             try:
                 protocol = verification_protocol(statistics_of(trials.limits.budgets))
                 verdict = admit(
-                    onnx, reference, spec, trials.current(), trial.macs or 0, 1 - 0.05 / attempts, protocol, patience
-                )
+                    onnx, reference, spec, trials.backend, trials.current(), trial.macs or 0, 1 - 0.05 / attempts,
+                    protocol, patience,
+                )  # fmt: skip
             except EngineError as error:
                 observer(Note(f"{trial.role}: trial {trial.number} could not be verified: {error}"))
                 continue

@@ -28,7 +28,8 @@ from autocomp.compress import (
 from autocomp.config import SearchConfig
 from autocomp.controllers import CONTROLLERS
 from autocomp.data import Split, Splits
-from autocomp.engines import BackendSpec, Template, emit, load_template, make_backend, with_codes
+from autocomp.engines import BackendSpec, Template, emit, load_template, with_codes
+from autocomp.engines.label import labelled
 from autocomp.errors import ConfigError, EngineError, ModelError
 from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
@@ -37,6 +38,7 @@ from autocomp.protocols import Backend, Engine
 from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.executors import EXECUTORS
 from autocomp.study.loading import load
+from autocomp.study.predicted import target_of
 from autocomp.study.score import load_metric
 from autocomp.study.trial import Emitter
 
@@ -90,11 +92,11 @@ class EditEmitter(_Compressor):
 
     def skeleton(self, policy: Policy) -> bytes:
         parts = structure(self.traced, policy, self.statistics, self.numerics, self.recipe)
-        return emit(self.template, policy, *parts, self.numerics)
+        return labelled(emit(self.template, policy, *parts, self.numerics), policy)
 
     def emit(self, compressed: Compressed) -> bytes:
         parts = compressed.tensors, compressed.weights, compressed.params
-        return emit(self.template, compressed.policy, *parts, self.numerics)
+        return labelled(emit(self.template, compressed.policy, *parts, self.numerics), compressed.policy)
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class ExportEmitter(_Compressor):
         return self.emit(self.compress(policy))
 
     def emit(self, compressed: Compressed) -> bytes:
-        return with_codes(export_compressed(compressed), compressed.weights)
+        return labelled(with_codes(export_compressed(compressed), compressed.weights), compressed.policy)
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,10 @@ def prepare(
     """
     _refuse_unknown_names(config)
     spec = backend_spec(config)
-    backend = make_backend(spec)
+    target = target_of(config, spec)
     space_file = SearchSpace.load(resources.find("search_spaces", config.space))
     model, splits, traced = load(config, observer, model, splits)
+    backend = target(traced.graph)
     capabilities = backend.capabilities()
     space = space_file.restrict(traced.graph, capabilities)
     observer(Phase("statistics"))

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autocomp.capabilities import DeviceInfo
+from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.errors import ConfigError, RunError
 from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelTime
+from autocomp.policy import FEWER_BITS, FP32, INT8
 
 SHIPPED = Path(__file__).resolve().parents[2] / "hardware_profiles"
 
@@ -53,12 +54,22 @@ profiles = st.builds(
         lambda entries: tuple(sorted(entries, key=lambda entry: entry.kernel))
     ),
     engines=st.lists(engine_times, max_size=3).map(tuple),
+    capabilities=st.one_of(
+        st.none(),
+        st.builds(
+            Capabilities,
+            st.lists(st.sampled_from([FP32, INT8, *FEWER_BITS]), min_size=1, max_size=3).map(tuple),
+            st.integers(1, 64),
+            st.builds(Numerics, st.booleans(), st.booleans(), st.integers(1, 127)),
+        ),
+    ),
 )
 
 KERNEL = Kernel("conv", 16, 24, (3, 3), (1, 1), 1, (8, 8), 32, "int8", "q conv2d relu.q>int8,add(qq)")
 PROFILE = HardwareProfile(
     "box", "onnxruntime 1.31.1", 2, date(2026, 1, 31), True, "cpu: Xeon", "5 blocks", "quiet",
     (KernelTime(KERNEL, 0.25, 0.01, 100),), (EngineTime("zoo:resnet20", 32, 22, 18.5, 19.0),),
+    Capabilities((FP32, INT8), 8, Numerics(True, True, 63)),
 )  # fmt: skip
 
 
@@ -92,6 +103,10 @@ def test_saving_again_replaces_it_whole(tmp_path: Path) -> None:
         ("measured = true", "measured = false", "only described"),
         ('device = "box"', 'device = "../box"', "a folder's"),
         ('notes = "quiet"', 'notes = "qui', "profile.toml"),
+        ("channel_multiple = 8\n", "", "channel_multiple missing"),
+        ("weight_max = 63", "weight_max = 255", "between 1 and 127"),
+        ("weight_max = 63", "weight_max = -1", "between 1 and 127"),
+        ('"int8"', '"int9"', "int9"),
     ],
 )
 def test_a_wrong_profile_is_refused_by_name(tmp_path: Path, old: str, new: str, complaint: str) -> None:
@@ -114,6 +129,8 @@ def test_a_wrong_profile_is_refused_by_name(tmp_path: Path, old: str, new: str, 
         ("3x3", "3y3", "line 2 is torn"),
         (",0.25,0.01,100", ",0.2", "line 2 is torn"),
         ("0.25", "fast", "line 2 is torn"),
+        (",0.25,", ",,", "line 2 is torn"),
+        ("conv", '"' + 140_000 * "x", "it is torn"),
         ("median_ms", "mean_ms", "first line"),
     ],
 )
@@ -160,6 +177,7 @@ def test_samples_are_averaged_as_numpy_does() -> None:
 def test_a_profile_says_what_a_device_has_otherwise() -> None:
     same = DeviceInfo("box", "onnxruntime 1.31.1", 2, (("cpu", "Xeon"),))
     assert HardwareProfile.of(same, date(2026, 1, 31), "").differences(same) == ()
+    assert HardwareProfile.of(same, date(2026, 1, 31), "").fingerprint == same
     other = DeviceInfo("box", "onnxruntime 1.32", 4, (("cpu", "Epyc"),))
     assert PROFILE.differences(other) == (
         "engine was onnxruntime 1.31.1, is onnxruntime 1.32", "threads was 2, is 4",

@@ -13,13 +13,13 @@ from PIL import Image
 
 from autocomp.budget import Budget
 from autocomp.errors import RunError
-from autocomp.outcome import SearchResult
+from autocomp.outcome import ChoiceEffect, SearchResult
 from autocomp.policy import Policy
 from autocomp.report import write_report
 from autocomp.report.markdown import render
 from autocomp.report.pareto import HEIGHT_PX, WIDTH_PX, draw, non_dominated
 from autocomp.report.tables import budget_rows, duration, macs, markdown_table, megabytes, significant, verdict
-from autocomp.results import TrialResult
+from autocomp.results import Interval, TrialResult
 
 Make = Callable[..., SearchResult]
 
@@ -254,3 +254,27 @@ def test_every_field_of_the_json_object_is_documented(make_result: Make) -> None
     names.remove("accuracy")  # its parts are documented
     missing = {name for name in names if f"`{name}`" not in documented}
     assert not missing
+
+
+EFFECTS = (
+    ChoiceEffect("channels", "layer1.0.conv1", "8 of 16", Interval(0.42, 0.4, 0.44), 0.0123, True, 1_179_648),
+    ChoiceEffect("precision", "fc", "int8", Interval(-0.03, -0.04, -0.02), None, False, 0),
+    ChoiceEffect("branch", "layer3.2", "removed", None, 0.5, False, 4_718_592),
+)
+
+
+def test_choices_are_explained_in_table_picture_and_json(make_result: Make, tmp_path: Path) -> None:
+    result = make_result(effects=EFFECTS)
+    write_report(result, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    rows = tables(text)["What each choice saves and costs"]
+    assert [row["saves, ms (predicted)"] for row in rows] == ["+0.420", "-0.030", "-"]
+    assert [row["costs alone, nats / 1000"] for row in rows] == ["12.3", "-", "~ 500"]
+    assert "fc: int8 here costs +0.030 ms" in text and "choices.png" in text
+    with Image.open(tmp_path / "choices.png") as picture:
+        assert picture.format == "PNG" and len(set(picture.convert("RGB").getdata())) > 10
+    again = SearchResult.from_json(json.loads(json.dumps(result.to_json())), result.front)
+    assert again.effects == EFFECTS
+    old = {key: value for key, value in result.to_json().items() if key != "choices"}
+    assert SearchResult.from_json(old, result.front).effects == ()
+    assert "What each choice saves" not in render(make_result(), {})

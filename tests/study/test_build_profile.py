@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from autocomp.hardware import HardwareProfile, Predictor, kernels_of
 from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
 from autocomp.space import Decision
-from autocomp.study import profiling
+from autocomp.study import guidance, profiling
 from autocomp.study.build_profile import Built, Job, Progress, build_profile, jobs_like, jobs_of
-from autocomp.study.profiles import find_profile, predict_policy, standing
+from autocomp.study.guidance import known_profile, obtain_profile
+from autocomp.study.profiles import check_profile, find_profile, predict_policy, standing
 from autocomp.study.profiling import _timed
 from autocomp.study.workbench import EditEmitter, Workbench, backend_spec, prepare
 
@@ -213,6 +215,59 @@ def test_a_policy_is_predicted_without_an_engine(tmp_path: Path, monkeypatch: py
     )
     far = predict_policy(Policy(), replace(CONFIG, batch=64), profile, ignore)
     assert far.prediction.measured == 0.0 and far.prediction.deviation_ms > found.prediction.deviation_ms
+
+
+def test_a_profile_is_stale_when_the_reference_is_off_by_more_than_a_tenth(tmp_path: Path) -> None:
+    """Times of the simulated engine are exact: only what the profile says of them is changed."""
+    profile = build(tmp_path, jobs_of(CONFIG, (2,)), seconds=5).profile
+    pauses: list[float] = []
+
+    def scaled(factor: float) -> HardwareProfile:
+        kernels = tuple(replace(entry, median_ms=factor * entry.median_ms) for entry in profile.kernels)
+        engines = tuple(replace(e, ms=factor * e.ms, kernels_ms=factor * e.kernels_ms) for e in profile.engines)
+        return replace(profile, kernels=kernels, engines=engines)
+
+    for factor in (1.08, 1.2):
+        found = check_profile(scaled(factor), SearchConfig(), ignore, pauses.append)
+        assert [drift.batch for drift in found.drifts] == [2]
+        assert [drift.off for drift in found.drifts] == pytest.approx([1 / factor - 1], abs=1e-6)
+        assert [drift.stale for drift in found.drifts] == [factor != 1.08]
+        command = "autocomp profile build --fresh --like simulated-1t --engine simulated --threads 1"
+        assert found.rebuild == ("" if factor == 1.08 else f"{command} --hardware simulated")
+    assert pauses == [5.0, 10.0, 20.0]  # only where the engine is slower than it was: other work may end
+    other = check_profile(replace(profile, engine="simulated (of old)"), SearchConfig(), ignore, pauses.append)
+    assert other.standing.kind == "stale" and other.drifts == () and "--fresh" in other.rebuild
+    for changed, said in ((replace(profile, device="box-1t"), "another device"), (simulated_as_described(), "only")):
+        with pytest.raises(ConfigError, match=said):
+            check_profile(changed, SearchConfig(), ignore, pauses.append)
+    fresh = build_profile(jobs_of(CONFIG, (2,)), 1, tmp_path, ignore, lambda _: None, Ticks(), fresh=True)
+    assert len(fresh.profile.engines) == fresh.engines < len(profile.engines)
+
+
+def simulated_as_described() -> HardwareProfile:
+    return HardwareProfile("simulated", "simulated", 1, date(2026, 1, 31), False)
+
+
+def test_a_guided_search_leaves_a_profile_that_it_cannot_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    profile = build(tmp_path / "hardware_profiles", seconds=5).profile
+    bench, events = prepare(replace(CONFIG, batch=2), ignore), list[Event]()
+    assert known_profile(bench, events.append) is not None and events == []
+    path = tmp_path / "hardware_profiles" / "simulated-1t" / "profile.toml"
+    text = path.read_text()
+    for old, new, said in (("format = 1", "format = 9", "cannot be read"), ("estimate)", "guess)", "is stale")):
+        path.write_text(text.replace(old, new))
+        assert known_profile(bench, events.append) is None
+        (note,) = events
+        assert isinstance(note, Note) and said in note.text
+        events.clear()
+    path.write_text(text)
+    monkeypatch.setattr(guidance, "SURVEY_ENGINES", 1)
+    with bench.backend.build(bench.reference) as reference:
+        slow = replace(profile, kernels=tuple(replace(e, median_ms=2 * e.median_ms) for e in profile.kernels))
+        slow.save(tmp_path / "hardware_profiles")
+        assert obtain_profile(bench, reference, tmp_path / "run", events.append) is not None
+    assert any(isinstance(event, Note) and "stale, or the device is busy" in event.text for event in events)
 
 
 def test_with_the_real_engine(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def ask(monkeypatch: pytest.MonkeyPatch, run: Run) -> Any:
 
         monkeypatch.setattr(verify, "admit", admit)
         emitter = SimpleNamespace(finish=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
-        trials: Any = SimpleNamespace(emitter=emitter, limits=limits(), current=limits)
+        trials: Any = SimpleNamespace(emitter=emitter, backend=None, limits=limits(), current=limits)
         patience = Patience(ignore)
         finalists = [finalist(number) for number in range(count)]
         found = verify_role(run, trials, finalists, b"", BackendSpec(), attempts, patience, ignore)
@@ -191,7 +191,8 @@ def test_a_finalist_is_not_judged_on_too_little(
     monkeypatch.setattr(verify, "measure_fresh", lambda *_: merge(builds, 0.1))
     monkeypatch.setattr(verify, "initializer_bytes", len)
     bounds = Limits(parse_budgets([budget]), {"p50": 10.0, "p95": 10.0}, 1, 1)
+    backend: Any = SimpleNamespace(measures=True)
     found = verify.admit(
-        b"", b"", BackendSpec(), bounds, 1, 0.98, verification_protocol(("p50",)), Patience(ignore, ())
+        b"", b"", BackendSpec(), backend, bounds, 1, 0.98, verification_protocol(("p50",)), Patience(ignore, ())
     )
     assert not found.admitted and reason in (found.reason or "")

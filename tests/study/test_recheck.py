@@ -1,0 +1,145 @@
+"""A run's shipped model measured again: verdicts, what they change, and what is refused."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autocomp.api import load_result, verify
+from autocomp.budget import parse_budgets
+from autocomp.config import SearchConfig
+from autocomp.engines import BackendSpec, make_backend
+from autocomp.errors import ConfigError, InputError, RunError
+from autocomp.outcome import Contender, SearchResult
+from autocomp.policy import INT8, Policy
+from autocomp.results import Block, Interval, LatencyEstimate, Timing
+from autocomp.study import recheck
+from autocomp.study import verify as verification
+from autocomp.study.run import Manifest, Run, read_manifest
+from tests.engines.conftest import Case, case
+from tests.engines.nets import resnet
+
+HERE = make_backend(BackendSpec()).device.to_json()
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model() -> Case:
+    return case(resnet(depth=8, width=16, size=16))
+
+
+@pytest.fixture
+def make(tmp_path: Path, model: Case) -> Make:
+    """A finished run's folder; the compressed model has half of the inner channels, all in int8."""
+    policy = Policy({g.name: g.channels // 2 for g in model.net.graph.groups}, frozenset(), {"conv1": INT8})
+
+    def go(*, predicted: bool, device: Any = HERE, engine: str = "onnxruntime", budget: str = "0.9x") -> Path:
+        onnx = model.emit(policy)
+        one = Interval(1.0, 0.9, 1.1)
+        latency = LatencyEstimate("p50", one, one, one, 100)
+        graph = model.net.graph
+        rows = {
+            role: Contender(role, own, latency, 0.9, 0.9, 0.9, None, graph.macs(own), 1000, False, 5)
+            for role, own in (("reference", Policy()), ("best", policy), ("random", policy))
+        }
+        folder = tmp_path / "run"
+        notes = ("latencies are predicted, nothing is verified", "another")
+        result = SearchResult(
+            False, parse_budgets([budget]), rows, {"search": 5}, (), 1.0, folder, notes, device, predicted
+        )
+        config = SearchConfig(budget=(budget,), engine=engine, batch=4, data="npz:gone.npz", out=str(folder))
+        with Run.create(folder, Manifest("0.1.0", config.to_json(), ["autocomp"], {}, device, {}, "unverified")) as run:
+            run.write("result.json", json.dumps(result.to_json()))
+            run.write("model.onnx", onnx)
+            run.write("reference.onnx", model.emit(Policy()))
+            run.write("policy.json", json.dumps({"onnx_sha256": hashlib.sha256(onnx).hexdigest()}))
+        return folder
+
+    return go
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Fresh processes answer with an exact ratio."""
+
+    def at(ratio: float) -> None:
+        blocks = tuple(Block(build, (ratio,) * 4, (1.0,) * 4) for build in range(5) for _ in range(8))
+        monkeypatch.setattr(verification, "measure_fresh", lambda *_: Timing(blocks))
+        monkeypatch.setattr(recheck, "quiet_ms", lambda _: 1.0)
+
+    return at
+
+
+def test_a_predicted_run_becomes_a_verified_one_on_the_real_engine(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = verification.verification_protocol(("p50",), builds=2)
+    monkeypatch.setattr(recheck, "verification_protocol", lambda _: protocol)
+    folder = make(predicted=True)
+    found = verify(folder)
+    assert found.verdict.admitted, found.verdict.reason
+    assert found.changed and found.confidence == 0.95
+    assert 0 < found.verdict.latency.ratio.low < found.verdict.latency.ratio.high <= 0.9
+    result = load_result(folder)
+    assert result.verified and not result.predicted and result.best is not None
+    assert result.best.latency == found.verdict.latency and result.best.verified
+    assert result.reference.latency is not None
+    assert result.reference.latency.latency_ms == found.verdict.latency.reference_ms
+    assert result.contenders["random"].latency is None and not result.contenders["random"].verified
+    assert not any(note.startswith("latencies are predicted") for note in result.notes) and "another" in result.notes
+    assert any("gone.npz" in note for note in result.notes)  # accuracy could not be scored again
+    manifest = read_manifest(folder)
+    assert manifest.status == "verified" and manifest.device == HERE
+    assert "Verified: within 0.9x" in (folder / "report.md").read_text()
+    (entry,) = [e for e in Run.entries_of(folder) if e["kind"] == "verification"]
+    assert entry["admitted"] is True and entry["device"] == HERE
+
+
+def test_one_that_fails_says_why_and_the_run_is_measured_but_not_verified(make: Make, measured: Any) -> None:
+    measured(0.95)
+    folder = make(predicted=True)
+    found = verify(folder)
+    assert not found.verdict.admitted and "is over 0.9x" in (found.verdict.reason or "")
+    result = load_result(folder)
+    assert not result.predicted and not result.verified and read_manifest(folder).status == "unverified"
+
+
+def test_asking_again_wants_more_confidence_and_a_measured_result_stays(make: Make, measured: Any) -> None:
+    measured(0.5)
+    folder = make(predicted=False)
+    before = (folder / "result.json").read_text()
+    assert [verify(folder).confidence for _ in range(3)] == pytest.approx([0.95, 0.975, 1 - 0.05 / 3])
+    assert (folder / "result.json").read_text() == before and read_manifest(folder).status == "unverified"
+
+
+def test_on_another_device_the_run_stays_predicted(make: Make, measured: Any) -> None:
+    measured(0.5)
+    folder = make(predicted=True, device={**HERE, "name": "far-away-1t"})
+    events: list[Any] = []
+    found = verify(folder, events.append)
+    assert found.verdict.admitted and not found.changed
+    assert any("the run is for far-away-1t" in getattr(event, "text", "") for event in events)
+    assert load_result(folder).predicted and read_manifest(folder).device["name"] == "far-away-1t"
+
+
+def test_what_cannot_be_verified_is_refused(make: Make) -> None:
+    folder = make(predicted=True, engine="simulated")
+    with pytest.raises(ConfigError, match="only estimates"):
+        verify(folder)
+    text = (folder / "manifest.json").read_text().replace('"simulated"', '"onnxruntime"')
+    (folder / "manifest.json").write_text(text)
+    whole = (folder / "model.onnx").read_bytes()
+    (folder / "model.onnx").write_bytes(whole[:-9])
+    with pytest.raises(RunError, match="not the file that the run shipped"):
+        verify(folder)
+    (folder / "model.onnx").write_bytes(whole)
+    (folder / "reference.onnx").unlink()
+    with pytest.raises(RunError, match=r"not whole.*reference\.onnx"):
+        verify(folder)
+    data = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**data, "best": None}))
+    with pytest.raises(RunError, match="shipped no model"):
+        verify(folder)
+    with pytest.raises(InputError, match="no run folder"):
+        verify(folder.parent)
