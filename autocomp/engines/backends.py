@@ -102,6 +102,12 @@ def _tensorrt(spec: BackendSpec) -> Backend:
     return TensorRtBackend(spec)
 
 
+def _torch_cuda(spec: BackendSpec) -> Backend:
+    from autocomp.engines.torch_cuda import TorchCudaBackend
+
+    return TorchCudaBackend(spec)
+
+
 # The factories import their runtime only when they are called.
 BACKENDS: Mapping[str, Callable[[BackendSpec], Backend]] = {
     "onnxruntime": _onnxruntime,
@@ -109,4 +115,6 @@ BACKENDS: Mapping[str, Callable[[BackendSpec], Backend]] = {
     "simulated": _simulated,
     "tensorrt": _tensorrt,
     "tensorrt-rtx": _tensorrt,
+    "torch-cuda": _torch_cuda,
+    "torch-cuda-compiled": _torch_cuda,
 }

@@ -22,7 +22,7 @@ def model() -> Case:
     return case(resnet(depth=8, width=8, size=8), images=10)
 
 
-GPU_ENGINES = frozenset({"tensorrt", "tensorrt-rtx"})
+GPU_ENGINES = frozenset({"tensorrt", "tensorrt-rtx", "torch-cuda", "torch-cuda-compiled"})
 
 
 def runnable() -> list[str]:

@@ -3,15 +3,15 @@
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.engines.cuda.protocol import Cuda
 from autocomp.engines.cuda.telemetry import GpuState, Telemetry
 from autocomp.errors import EngineError
 
-__all__ = ["Stopwatch", "unsteady"]
+__all__ = ["Clock", "Stopwatch", "unsteady"]
 
 SLOWEST_CLOCK = 0.9  # of the highest clock seen under load: below it a sample is thrown away
 _ATTEMPTS = 3
@@ -33,6 +33,18 @@ def unsteady(before: GpuState | None, after: GpuState | None, highest_mhz: int) 
     return None
 
 
+class Clock(Protocol):
+    """The part of `Cuda` that timing needs."""
+
+    def event(self) -> Any: ...
+
+    def record(self, event: Any, stream: int) -> None: ...
+
+    def elapsed_ms(self, begin: Any, end: Any) -> float: ...
+
+    def synchronize(self, stream: int) -> None: ...
+
+
 class Stopwatch:
     """Times launches by events on their own stream.
 
@@ -45,7 +57,7 @@ class Stopwatch:
         pause: called with seconds between attempts.
     """
 
-    def __init__(self, cuda: Cuda, telemetry: Telemetry, pause: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, cuda: Clock, telemetry: Telemetry, pause: Callable[[float], None] = time.sleep) -> None:
         self._cuda = cuda
         self._telemetry = telemetry
         self._pause = pause
