@@ -39,12 +39,13 @@ def build(
     hardware: Hardware = None,
     batch: Batch = None,
     tf32: Annotated[bool, typer.Option("--tf32/--no-tf32", help="10-bit mantissas in float32 layers")] = False,
+    calibration: Annotated[Path | None, typer.Option(help="calibration cache of TensorRT 8 or 10 for FILE")] = None,
     out: Annotated[Text, typer.Option(help="engine file [FILE.engine]")] = None,
     json: AsJson = None,
 ) -> None:
     """Build a TensorRT engine; for a GPU that is not here name its compute capability, as --hardware sm89."""
     from autocomp.engines import BackendSpec
-    from autocomp.engines.tensorrt import FLAVOURS, TensorRtBackend
+    from autocomp.engines.tensorrt import FLAVOURS, CalibrationCache, TensorRtBackend, with_scales
 
     if engine not in FLAVOURS:
         raise InputError(f"the engine {engine} keeps no engine files: use {' or '.join(FLAVOURS)}")
@@ -53,7 +54,11 @@ def build(
     path = file.with_suffix(".engine") if out is None else Path(out)
     backend = TensorRtBackend(BackendSpec(engine, batch or 1, hardware=hardware, tf32=tf32))
     try:
-        header = backend.save(file.read_bytes(), path)
+        data = file.read_bytes()
+        if calibration is not None:
+            data, quantized, layers = with_scales(data, CalibrationCache.read(calibration))
+            print(f"{quantized} of {layers} layers are int8", file=sys.stderr)
+        header = backend.save(data, path)
     except EngineError as error:
         raise InputError(str(error)) from error
     except OSError as error:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,7 +112,8 @@ class TensorRtBackend:
             found = build_plan(self._flavour, file, options)
             if options.timing_cache is not None and options.timing_cache.exists():
                 sealed(options.timing_cache)
-            plans.put(header, found)
+            with suppress(OSError):  # a cache that cannot be written is no reason to stop
+                plans.put(header, found)
         return found
 
     def _header(self, file: bytes) -> PlanHeader:
@@ -129,7 +131,8 @@ class TensorRtBackend:
     def _options(self) -> BuildOptions:
         timings = None
         if self._cuda is not None and not self._flavour.builds_without_gpu:
-            timings = timing_cache(cache("timings"), self._flavour, self._cuda.info)
+            with suppress(OSError):
+                timings = timing_cache(cache("timings"), self._flavour, self._cuda.info)
         return BuildOptions(self._targets, tf32=self._spec.tf32, timing_cache=timings)
 
 
