@@ -10,7 +10,7 @@ from typing import Any
 
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend
+from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend, open_engine
 from autocomp.errors import AutocompError, ConfigError, EngineError, InfeasibleError, InputError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Event, Note, Observer, SearchResult
@@ -346,7 +346,7 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
     backend = make_backend(spec)
     protocol = verification_protocol((statistic,), builds=1, blocks=30)
     try:
-        engines = [backend.build(path.read_bytes()) for path in files]
+        engines = [open_engine(backend, path) for path in files]
     except EngineError as error:
         raise InputError(str(error)) from error
     with engines[0] as candidate, engines[1] as other:

@@ -42,6 +42,7 @@ class SearchConfig:
         budget: limits that must all hold, as `autocomp.budget.Budget.parse` reads them.
         engine: name of the backend.
         hardware: device profile or described device; None for this machine.
+        tf32: lets a GPU's float32 layers compute with 10-bit mantissas.
         threads: of the engine.
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
@@ -68,6 +69,7 @@ class SearchConfig:
     budget: tuple[str, ...] = ()
     engine: str = "onnxruntime"
     hardware: str | None = None
+    tf32: bool = False
     threads: int = 1
     batch: int | None = None
     space: str = "default"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
 import typer
 
+from autocomp.cli.engines import add_engine_commands
 from autocomp.cli.flags import (
     AsJson,
     Batch,
@@ -57,6 +58,7 @@ app = typer.Typer(
 )
 app.add_typer(spaces, name="spaces")
 app.add_typer(profiles, name="profile")
+add_engine_commands(app)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,7 +1,7 @@
 """Engines: typed ONNX from a policy, backends that run it, and timing. Importing this loads no runtime."""
 
 from autocomp.engines.attribution import by_graph_value
-from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend
+from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend, open_engine
 from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
 from autocomp.engines.onnx_graph import Template, emit, load_template
@@ -24,6 +24,7 @@ __all__ = [
     "make_backend",
     "measure_fresh",
     "merge",
+    "open_engine",
     "structure_digest",
     "with_codes",
 ]

@@ -1,7 +1,7 @@
 """Which operator of a file a runtime's kernel stands for, and which value of the traced graph an operator computes."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from onnx import GraphProto, NodeProto
@@ -54,6 +54,21 @@ class Attribution:
                 value = next((written[name] for name in kernel.input if name in written), self._inputs[0])
             found.append(value)
             written.update(dict.fromkeys(kernel.output, value))
+        return found
+
+    def of_names(self, names: Iterable[str]) -> dict[str, str]:
+        """The same for kernels of which only names are known, made of the names of the operators they were fused
+        from; those that name none count to what ran before them.
+
+        Args:
+            names: in the order they run in.
+        """
+        found, last = {}, self._inputs[0]
+        for name in names:
+            parts = [part for part in re.split(r"[^\w.:/-]+", name) if part in self._by_name]
+            if parts:
+                last = str(self._by_name[parts[0]].output[0])
+            found[name] = last
         return found
 
     def _operator(self, kernel: Ran) -> NodeProto | None:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from autocomp.errors import ConfigError
-from autocomp.protocols import Backend
+from autocomp.errors import ConfigError, EngineError
+from autocomp.protocols import Backend, Engine
 
-__all__ = ["BACKENDS", "BackendSpec", "make_backend"]
+__all__ = ["BACKENDS", "BackendSpec", "make_backend", "open_engine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +19,18 @@ class BackendSpec:
         name: of the backend, as in ``--engine``.
         batch: images in one run.
         threads: of one run.
-        hardware: the described device of a simulated backend; None for its default.
+        hardware: the described device of a simulated backend, or the compute capabilities that TensorRT-RTX builds
+            for ahead of time; None for its default, or the GPU at hand.
+        tf32: lets a GPU's float32 layers compute with 10-bit mantissas.
+        fresh: builds every engine anew where a cache would have it.
     """
 
     name: str = "onnxruntime"
     batch: int = 1
     threads: int = 1
     hardware: str | None = None
+    tf32: bool = False
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         for field, value in (("batch", self.batch), ("threads", self.threads)):
@@ -54,6 +60,20 @@ def make_backend(spec: BackendSpec) -> Backend:
     return BACKENDS[spec.name](spec)
 
 
+def open_engine(backend: Backend, path: Path) -> Engine:
+    """The engine of an ONNX file, or one that was built before and lies in a file that ends in ``.engine``.
+
+    Raises:
+        EngineError: the file is refused, or the backend keeps no engine files.
+    """
+    if path.suffix != ".engine":
+        return backend.build(path.read_bytes())
+    load: Callable[[Path], Engine] | None = getattr(backend, "load", None)
+    if load is None:
+        raise EngineError(f"{path} is an engine of TensorRT: give --engine tensorrt or tensorrt-rtx")
+    return load(path)
+
+
 def _onnxruntime(spec: BackendSpec) -> Backend:
     from autocomp.engines.onnxruntime import OnnxRuntimeBackend
 
@@ -76,9 +96,25 @@ def _openvino(spec: BackendSpec) -> Backend:
     return OpenVinoBackend(spec)
 
 
+def _tensorrt(spec: BackendSpec) -> Backend:
+    from autocomp.engines.tensorrt import TensorRtBackend
+
+    return TensorRtBackend(spec)
+
+
+def _torch_cuda(spec: BackendSpec) -> Backend:
+    from autocomp.engines.torch_cuda import TorchCudaBackend
+
+    return TorchCudaBackend(spec)
+
+
 # The factories import their runtime only when they are called.
 BACKENDS: Mapping[str, Callable[[BackendSpec], Backend]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     "simulated": _simulated,
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
+    "torch-cuda": _torch_cuda,
+    "torch-cuda-compiled": _torch_cuda,
 }

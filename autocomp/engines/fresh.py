@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from autocomp.engines.backends import BackendSpec
@@ -48,7 +49,7 @@ def measure_fresh(
 
 def _one(spec: BackendSpec, files: list[str], protocol: TimingProtocol, build: int) -> Timing:
     request = {
-        "spec": spec.to_json(),
+        "spec": replace(spec, fresh=True).to_json(),
         "candidate": files[0],
         "reference": files[1],
         "protocol": protocol.to_json(),

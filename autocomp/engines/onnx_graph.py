@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.capabilities import Numerics
+from autocomp.engines.float_types import FloatTypes
 from autocomp.engines.matching import match_values, simplified
 from autocomp.engines.packing import stored
 from autocomp.errors import EngineError
@@ -18,6 +19,8 @@ from autocomp.policy import Policy
 from autocomp.quantization import QuantParams, QuantWeight, place
 
 __all__ = ["Template", "emit", "load_template", "parse"]
+
+BFLOAT16_OPSET = 22  # the first whose convolutions may be of that type
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,10 @@ def emit(
     model.CopyFrom(template.model)
     model.graph.node.extend(writer.nodes())
     model.graph.initializer.extend(writer.initializers.values())
+    if any(precision.weight == "bf16" for precision in policy.precisions.values()):
+        for entry in model.opset_import:
+            if entry.domain in ("", "ai.onnx"):
+                entry.version = max(entry.version, BFLOAT16_OPSET)
     return bytes(model.SerializeToString())
 
 
@@ -157,6 +164,8 @@ class _Writer:
         if unknown:
             raise EngineError(f"the exported model has no parameter {unknown[0]}: export this policy in full")
         self.initializers: dict[str, onnx.TensorProto] = {}
+        self._policy = policy
+        self._floats = FloatTypes(self._tensor, self._add)
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
         """The live nodes in topological order, Q/DQ pairs behind the values that are quantized."""
@@ -172,14 +181,33 @@ class _Writer:
                 node.input[position] = self._read(value)
             if node.output[0] == output and output in self._quantized:
                 node.output[0] = f"{output}_float"  # the pair's own output takes the model's output name
-            for written in [node] if layer is None else self._layer(node, layer):
-                for value in written.input:
-                    self._keep(value)
-                yield written
+            if layer is None:
+                yield from self._kept(self._typed(node, self._floats.of_operator(node)))
+            else:
+                yield from self._kept(self._layer(node, layer))
             for value in original.output:
                 yield from self._pair(value)
         if output in self._bypass:
-            yield helper.make_node("Identity", [self._read(output)], [output], name="node_output")
+            yield from self._typed(
+                helper.make_node("Identity", [self._read(output)], [output], name="node_output"), TensorProto.FLOAT
+            )
+
+    def _kept(self, nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+        """The nodes, the initializers they read carried over."""
+        for node in nodes:
+            for value in node.input:
+                self._keep(value)
+            yield node
+
+    def _typed(self, node: onnx.NodeProto, kind: int) -> Iterator[onnx.NodeProto]:
+        """An operator in a float type; the model's own output is float32."""
+        result = node.output[0]
+        if result == self._template.output and kind != TensorProto.FLOAT:
+            node.output[0] = f"{result}_half"
+            yield from self._floats.typed(node, kind)
+            yield helper.make_node("Cast", [node.output[0]], [result], name=f"{result}_cast", to=TensorProto.FLOAT)
+        else:
+            yield from self._floats.typed(node, kind)
 
     def _onnx_name(self, value: str) -> str:
         try:
@@ -221,7 +249,7 @@ class _Writer:
             node.input.append(layer.bias)
         if layer.name not in self._int8:
             yield from self._float_input(node, layer, weight.shape[1] * group)
-            yield node
+            yield from self._typed(node, self._floats.of_layer(self._policy.precision(layer.name)))
             return
         found = self._weights[layer.weight]
         product = layer.op == "linear" and not self._writes_codes(layer)
@@ -236,7 +264,7 @@ class _Writer:
         axis = 1 if product else 0
         yield helper.make_node("DequantizeLinear", names, [node.input[1]], name=node.input[1], axis=axis)
         if not product:
-            yield node
+            yield from self._typed(node, TensorProto.FLOAT)
             return
         # A Gemm with a float result needs an int32 bias to run as int8; a product does not. It is a Sum because
         # ONNX Runtime would join a MatMul and an Add to a Gemm again, and run that in float.
@@ -277,8 +305,18 @@ class _Writer:
         elif value in self._template.initializers:
             self.initializers[value] = self._template.initializers[value]
 
+    def _tensor(self, name: str) -> NDArray[Any] | None:
+        """The constant of that name that the file carries or would; None for a computed value."""
+        if name in self._tensors:
+            return self._tensors[name]
+        found = self.initializers.get(name, self._template.initializers.get(name))
+        return None if found is None else numpy_helper.to_array(found)
+
     def _store(self, name: str, array: NDArray[Any]) -> None:
-        self.initializers[name] = numpy_helper.from_array(array, name)
+        self._add(numpy_helper.from_array(array, name))
+
+    def _add(self, tensor: onnx.TensorProto) -> None:
+        self.initializers[tensor.name] = tensor
 
     def _pair(self, value: str) -> Iterator[onnx.NodeProto]:
         """QuantizeLinear and DequantizeLinear behind a quantized value."""
@@ -292,6 +330,7 @@ class _Writer:
         self._store(zero_point, np.array(params.zero_point, self._codes_type))
         is_output = value == self._template.output
         source, result = (f"{value}_float", value) if is_output else (value, f"{value}_dq")
+        source = yield from self._floats.as_kind(source, TensorProto.FLOAT)
         yield helper.make_node("QuantizeLinear", [source, scale, zero_point], [f"{value}_q"], name=f"{value}_q")
         yield helper.make_node("DequantizeLinear", [f"{value}_q", scale, zero_point], [result], name=f"{value}_dq")
 

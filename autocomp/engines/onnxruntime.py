@@ -22,7 +22,7 @@ from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes
 
-__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine"]
+__all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "exact_engine", "session_options"]
 
 _FAILURES: tuple[type[Exception], ...] = (
     state.EPFail, state.EngineError, state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
@@ -171,6 +171,18 @@ class OnnxRuntimeEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._session = self._binding = self._images = None
+
+
+def exact_engine(onnx: bytes, batch: int) -> OnnxRuntimeEngine:
+    """Computes outputs for engines that are not here, Q/DQ pairs in exact float: they do not depend on whether this
+    machine's 8-bit products saturate.
+
+    Raises:
+        EngineError: as `OnnxRuntimeEngine`.
+    """
+    options = session_options(threads=1)
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return OnnxRuntimeEngine(onnx, batch, 1, options)
 
 
 def session_options(threads: int) -> ort.SessionOptions:

@@ -101,7 +101,9 @@ class SimulatedEngine:
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits; see `autocomp.protocols.Engine`. The last batch is filled up."""
         if self._executor is None:
-            self._executor = _executor(self._open(), self._batch)
+            from autocomp.engines.onnxruntime import exact_engine
+
+            self._executor = exact_engine(self._open(), self._batch)
         return self._executor.run(images)
 
     def time(self, repeats: int) -> NDArray[np.float64]:
@@ -120,15 +122,6 @@ class SimulatedEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._onnx = self._executor = None
-
-
-def _executor(onnx: bytes, batch: int) -> "OnnxRuntimeEngine":
-    from autocomp.engines.onnxruntime import OnnxRuntimeEngine, session_options
-
-    options = session_options(threads=1)
-    # Outputs must not depend on whether this machine's 8-bit products saturate.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    return OnnxRuntimeEngine(onnx, batch, 1, options)
 
 
 _FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Constant", "Shape"})

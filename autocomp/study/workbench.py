@@ -201,7 +201,7 @@ def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
 
 def backend_spec(config: SearchConfig) -> BackendSpec:
     """The engine a configuration names."""
-    return BackendSpec(config.engine, config.resolved_batch(), config.threads, config.hardware)
+    return BackendSpec(config.engine, config.resolved_batch(), config.threads, config.hardware, config.tf32)
 
 
 def _refuse_unknown_names(config: SearchConfig) -> None:

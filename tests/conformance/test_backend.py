@@ -1,6 +1,7 @@
 """What every backend must do."""
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -21,7 +22,21 @@ def model() -> Case:
     return case(resnet(depth=8, width=8, size=8), images=10)
 
 
-@pytest.fixture(params=sorted(BACKENDS))
+GPU_ENGINES = frozenset({"tensorrt", "tensorrt-rtx", "torch-cuda", "torch-cuda-compiled"})
+
+
+def runnable() -> list[str]:
+    """The engines that this machine can be asked for: those of GPUs only beside one, and where they are installed."""
+    found = []
+    for name in sorted(BACKENDS):
+        with suppress(ConfigError):
+            if name in GPU_ENGINES:
+                make_backend(BackendSpec(name))
+            found.append(name)
+    return found
+
+
+@pytest.fixture(params=runnable())
 def backend(request: pytest.FixtureRequest) -> Backend:
     if request.param == "openvino":
         pytest.importorskip("openvino", reason="openvino is not installed: pip install 'autocomp[openvino]'")

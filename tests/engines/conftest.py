@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from autocomp.capabilities import Numerics
 from autocomp.engines import Template, emit, load_template
 from autocomp.policy import Policy
 from autocomp.quantization import QuantParams, QuantWeight, quantize_weights, round_biases
@@ -21,21 +22,21 @@ class Case:
     images: NDArray[np.float32]
 
     def parts(
-        self, policy: Policy
+        self, policy: Policy, numerics: Numerics = NATIVE
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, QuantWeight], dict[str, QuantParams]]:
         """Tensors as a compressed model has them, biases on the engine's grid; codes; and the values' parameters."""
         tensors = self.net.sliced(policy)
-        params = self.net.params(self.images, tensors, policy)
-        weights = quantize_weights(self.net.graph, policy, tensors, NATIVE)
+        params = self.net.params(self.images, tensors, policy, numerics)
+        weights = quantize_weights(self.net.graph, policy, tensors, numerics)
         return tensors | round_biases(self.net.graph, policy, tensors, weights, params), weights, params
 
-    def emit(self, policy: Policy) -> bytes:
-        return emit(self.template, policy, *self.parts(policy), NATIVE)
+    def emit(self, policy: Policy, numerics: Numerics = NATIVE) -> bytes:
+        return emit(self.template, policy, *self.parts(policy, numerics), numerics)
 
-    def expected(self, policy: Policy) -> NDArray[np.float32]:
+    def expected(self, policy: Policy, numerics: Numerics = NATIVE) -> NDArray[np.float32]:
         """Logits of the fake-quantized torch evaluation."""
-        tensors, _, params = self.parts(policy)
-        return self.net.values(self.images, tensors, policy, params)[self.net.graph.output]
+        tensors, _, params = self.parts(policy, numerics)
+        return self.net.values(self.images, tensors, policy, params, numerics)[self.net.graph.output]
 
 
 def case(net: Net, images: int = 8) -> Case:

@@ -1,0 +1,26 @@
+"""TensorRT engines, of the data-centre package or of TensorRT-RTX. Importing this loads neither."""
+
+from autocomp.engines.tensorrt.backend import TensorRtBackend, parse_targets
+from autocomp.engines.tensorrt.build import BuildOptions, build_plan
+from autocomp.engines.tensorrt.calibration_cache import CalibrationCache, with_scales
+from autocomp.engines.tensorrt.flavour import FLAVOURS, Flavour, find_flavour, installed
+from autocomp.engines.tensorrt.onnx_file import prepare
+from autocomp.engines.tensorrt.plan_file import PlanCache, PlanHeader, read_plan, write_plan
+
+__all__ = [
+    "FLAVOURS",
+    "BuildOptions",
+    "CalibrationCache",
+    "Flavour",
+    "PlanCache",
+    "PlanHeader",
+    "TensorRtBackend",
+    "build_plan",
+    "find_flavour",
+    "installed",
+    "parse_targets",
+    "prepare",
+    "read_plan",
+    "with_scales",
+    "write_plan",
+]

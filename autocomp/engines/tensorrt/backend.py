@@ -1,0 +1,152 @@
+"""TensorRT and TensorRT-RTX as engines."""
+
+import hashlib
+import re
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
+from autocomp.engines.attribution import Attribution
+from autocomp.engines.backends import BackendSpec
+from autocomp.engines.cuda import Cuda, open_cuda
+from autocomp.engines.tensorrt.build import BuildOptions, build_plan
+from autocomp.engines.tensorrt.engine import AheadOfTimeEngine, TensorRtEngine
+from autocomp.engines.tensorrt.flavour import Flavour, find_flavour
+from autocomp.engines.tensorrt.onnx_file import prepare
+from autocomp.engines.tensorrt.plan_file import PlanCache, PlanHeader, read_plan, write_plan
+from autocomp.engines.tensorrt.timing_cache import sealed, timing_cache
+from autocomp.errors import ConfigError, EngineError
+from autocomp.policy import FEWER_BITS, FP32, INT8, Precision
+from autocomp.resources import cache
+from autocomp.results import OperatorTimes
+
+__all__ = ["TensorRtBackend", "parse_targets"]
+
+NUMERICS = Numerics(signed_activations=True, symmetric_activations=True, weight_max=127)
+HALVES = (Precision("fp16", "fp16"), Precision("bf16", "bf16"))
+
+
+class TensorRtBackend:
+    """Builds strongly typed engines for the first GPU, or ahead of time for those that the hardware names."""
+
+    measures = True
+
+    def __init__(self, spec: BackendSpec) -> None:
+        """Raises: ConfigError: the package, the driver or the GPU is missing, or a target is unknown."""
+        self._flavour = find_flavour(spec.name)
+        self._spec = spec
+        self._cuda: Cuda | None = None
+        self._targets: tuple[str, ...] = ()
+        if spec.hardware is not None:
+            self._targets = parse_targets(spec.hardware, self._flavour)
+        else:
+            self._cuda = open_cuda()
+
+    @property
+    def name(self) -> str:
+        return self._spec.name
+
+    @property
+    def batch(self) -> int:
+        return self._spec.batch
+
+    @property
+    def device(self) -> DeviceInfo:
+        engine, tf32 = str(self._flavour), "on" if self._spec.tf32 else "off"
+        if self._cuda is not None:
+            return self._cuda.info.device(engine, self._spec.threads, tf32=tf32)
+        name = f"cuda-{'-'.join(target.lower() for target in self._targets)}"
+        return DeviceInfo(name, engine, self._spec.threads, (("tf32", tf32),))
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities((FP32, *HALVES, INT8, *FEWER_BITS), channel_multiple=8, numerics=NUMERICS)
+
+    def build(self, onnx: bytes) -> TensorRtEngine | AheadOfTimeEngine:
+        plan = self.plan(prepare(onnx, self.batch))
+        if self._cuda is None:
+            return AheadOfTimeEngine(onnx, self.batch, self._targets)
+        return TensorRtEngine(self._flavour, plan, self._cuda, self.batch)
+
+    def profile(self, onnx: bytes, repeats: int) -> OperatorTimes:
+        """See `autocomp.protocols.Backend`; engines for profiles carry the names of what was fused, and are built
+        for it."""
+        file = prepare(onnx, self.batch)
+        if self._cuda is None:
+            raise EngineError(f"nothing is timed for {', '.join(self._targets)}: profile on such a GPU")
+        plan = build_plan(self._flavour, file, replace(self._options(), detailed=True))
+        with TensorRtEngine(self._flavour, plan, self._cuda, self.batch) as engine:
+            layers, run_ms = engine.profile(repeats)
+        owners = Attribution(file).of_names(layers)
+        sums: dict[str, float] = {}
+        for name, ms in layers.items():
+            sums[owners[name]] = sums.get(owners[name], 0.0) + ms
+        return OperatorTimes(sums, run_ms)
+
+    def save(self, onnx: bytes, path: Path) -> PlanHeader:
+        """Build an engine and write it to a file that says what it is for."""
+        file = prepare(onnx, self.batch)
+        header = self._header(file)
+        write_plan(path, header, self.plan(file))
+        return header
+
+    def load(self, path: Path) -> TensorRtEngine:
+        """An engine from a file that `save` wrote.
+
+        Raises:
+            EngineError: it is of another TensorRT, for another GPU or batch, or damaged.
+        """
+        header, plan = read_plan(path)
+        if header.batch != self.batch:
+            raise EngineError(f"the engine has batch {header.batch}, not {self.batch}: give --batch {header.batch}")
+        cuda = self._cuda if self._cuda is not None else open_cuda()
+        header.check(self._flavour, cuda.info.target)
+        return TensorRtEngine(self._flavour, plan, cuda, header.batch)
+
+    def plan(self, file: bytes) -> bytes:
+        """The serialized engine of a prepared file, from the cache unless a fresh one is asked for."""
+        header, plans = self._header(file), PlanCache(cache("engines"))
+        found = None if self._spec.fresh else plans.get(header)
+        if found is None:
+            options = self._options()
+            found = build_plan(self._flavour, file, options)
+            if options.timing_cache is not None and options.timing_cache.exists():
+                sealed(options.timing_cache)
+            with suppress(OSError):  # a cache that cannot be written is no reason to stop
+                plans.put(header, found)
+        return found
+
+    def _header(self, file: bytes) -> PlanHeader:
+        gpu = None if self._cuda is None else self._cuda.info
+        return PlanHeader(
+            engine=self._flavour.engine,
+            version=self._flavour.version,
+            targets=self._targets if gpu is None else (gpu.target,),
+            device="" if gpu is None else f"{gpu.name}, driver {gpu.driver}",
+            tf32=self._spec.tf32,
+            batch=self.batch,
+            model=hashlib.sha256(file).hexdigest(),
+        )
+
+    def _options(self) -> BuildOptions:
+        timings = None
+        if self._cuda is not None and not self._flavour.builds_without_gpu:
+            with suppress(OSError):
+                timings = timing_cache(cache("timings"), self._flavour, self._cuda.info)
+        return BuildOptions(self._targets, tf32=self._spec.tf32, timing_cache=timings)
+
+
+def parse_targets(text: str, flavour: Flavour) -> tuple[str, ...]:
+    """Compute capabilities from ``sm89``, ``8.9`` or a list of them, separated by commas.
+
+    Raises:
+        ConfigError: one is unknown to the package, or it builds only for the GPU at hand.
+    """
+    if not flavour.builds_without_gpu:
+        raise ConfigError(f"{flavour.engine} builds for the GPU at hand: leave --hardware out, or use tensorrt-rtx")
+    found = tuple("SM" + re.sub(r"^sm|\.", "", part.strip().lower()) for part in text.split(","))
+    known = flavour.targets()
+    unknown = [name for name in found if name not in known]
+    if unknown:
+        raise ConfigError(f"{flavour} cannot build for {unknown[0].lower()}: use {', '.join(known).lower()}")
+    return found

@@ -1,0 +1,83 @@
+"""``autocomp build`` and ``autocomp doctor`` as a user calls them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from autocomp.cli import main
+from autocomp.engines import BACKENDS
+from autocomp.engines.cuda import GpuInfo
+from autocomp.engines.cuda.telemetry import GpuState
+from autocomp.engines.doctor import Diagnosis, EngineCheck, GpuCheck, _advice
+from autocomp.engines.tensorrt import read_plan
+from autocomp.engines.tensorrt.backend import NUMERICS
+from tests.engines.conftest import Case
+from tests.engines.test_onnx_graph import everywhere
+
+
+def called(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    return int(left.value.code or 0)
+
+
+def test_build_writes_an_engine_and_says_what_for(
+    resnet8: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="not installed: pip install 'autocomp[tensorrt-rtx]'")
+    path = tmp_path / "net.onnx"
+    path.write_bytes(resnet8.emit(everywhere(resnet8.net), NUMERICS))
+    assert called("build", str(path), "--hardware", "sm89", "--batch", "4", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["targets"], found["batch"], found["engine"]) == (["SM89"], 4, "tensorrt-rtx")
+    header, plan = read_plan(tmp_path / "net.engine")
+    assert (header.batch, len(plan) < found["size_bytes"]) == (4, True)
+    path.write_bytes(resnet8.emit(everywhere(resnet8.net)))
+    assert called("build", str(path), "--hardware", "sm89") == 2
+    assert "uint8 codes" in capsys.readouterr().err
+    assert called("measure", str(tmp_path / "net.engine")) == 2
+    assert "is an engine of TensorRT: give --engine tensorrt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("none.onnx",), "no file none.onnx"),
+        (("none.onnx", "--engine", "onnxruntime"), "keeps no engine files: use tensorrt or tensorrt-rtx"),
+    ],
+)
+def test_bad_requests(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("build", *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_doctor_names_every_engine_and_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    assert called("doctor", "--json") == 0
+    found = json.loads(capfd.readouterr().out)
+    engines = {check["name"]: check for check in found["engines"]}
+    assert set(engines) == set(BACKENDS)
+    assert engines["onnxruntime"]["runs"] and "int8" in engines["onnxruntime"]["precisions"]
+    assert all(check["runs"] or check["missing"] for check in found["engines"])
+    assert (found["gpu"] is None) == (found["no_gpu"] is not None)
+    assert called("doctor") == 0
+    screen = capfd.readouterr().out
+    assert all(name in screen for name in BACKENDS) and found["processor"] in screen
+    assert all(check["missing"] in screen for check in found["engines"] if check["missing"])
+
+
+def test_advice_is_the_command_for_what_is_missing() -> None:
+    info = GpuInfo("NVIDIA L4", (8, 9), "13.0", 24 * 2**30, "0000:01:00.0")
+    gpu = GpuCheck(info, "580.65", GpuState(2040, 6251, 72.0, 60), ("fp16", "int8"), "cuda-bindings")
+    missing = [EngineCheck(name, None, False, missing="not installed: pip") for name in ("tensorrt", "tensorrt-rtx")]
+    assert _advice(gpu, tuple(missing), {"cuda-bindings": "13.0"}) == [
+        "to run TensorRT on this GPU: pip install 'autocomp[tensorrt]'",
+        "for steadier times: sudo nvidia-smi -lgc 2040 (undo: sudo nvidia-smi -rgc)",
+    ]
+    assert _advice(None, tuple(missing), {}) == [
+        "to build engines for GPUs elsewhere: pip install 'autocomp[tensorrt-rtx]'"
+    ]
+    locked = GpuCheck(info, "580.65", GpuState(2040, 6251, 72.0, 60, reasons=0x2), ("fp16",), "pycuda")
+    assert _advice(locked, (), {"pycuda": "2025.1"}) == []
+    whole = Diagnosis("cpu", 2, "3.11.9", {}, locked, None, (), ())
+    assert whole.to_json()["gpu"]["clocks"] == "locked" and whole.to_json()["gpu"]["info"]["capability"] == (8, 9)
