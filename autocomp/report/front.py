@@ -36,15 +36,20 @@ def print_front(front: Front, console: Console) -> None:
     """Print one row a budget, and where the runs lie. Fits 80 columns."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for place in _SHOWN:
-        table.add_column(_HEADER[place], justify="left" if place == 0 else "right")
+        table.add_column(_two_lines(_HEADER[place]), justify="left" if place == 0 else "right")
     for point in front.points:
         row = _row(point)
-        table.add_row(*(Text(row[place].replace(" (", "\n(")) for place in _SHOWN))
+        table.add_row(*(Text(_two_lines(row[place])) for place in _SHOWN))
     console.print(table)
     count = sum(point.verified for point in front.points)
     console.print(
         Text(f"{count} of {len(front.points)} budgets verified; a run for each: {front.folder}"), soft_wrap=True
     )
+
+
+def _two_lines(text: str) -> str:
+    """What stands in parentheses below the rest."""
+    return text.replace(" (", "\n").removesuffix(")")
 
 
 def write_front_report(front: Front) -> None:
@@ -87,14 +92,17 @@ def _row(point: FrontPoint) -> tuple[str, ...]:
 
 
 def _draw(front: Front) -> None:
-    """Left every scored trial's divergence over its ratio, with the front; right the finalists' test accuracy."""
+    """Left every scored trial's divergence over its ratio, with the front; right, where the data has labels, the
+    finalists' test accuracy."""
     # Imported here, as a figure of its own without pyplot's global state: a search that draws nothing pays nothing.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH_PX / _DPI, HEIGHT_PX / _DPI), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    labelled = any(result.reference.test_accuracy is not None for result in front.results)
+    axes = figure.subplots(1, 1 + labelled, squeeze=False)[0]
+    left, right = axes[0], axes[-1]
     trials = {
         trial.policy.digest: (trial.ratio, trial.score.divergence)
         for result in front.results
@@ -117,12 +125,12 @@ def _draw(front: Front) -> None:
             right.scatter([ratio.value], [accuracy], s=size, c=colour, marker=marker, ec="k", lw=0.7, zorder=3,
                           label=label if place == 0 else None)  # fmt: skip
             right.hlines(accuracy, ratio.low, ratio.high, colors=colour, lw=1.0)
-    for point in front.points:
-        right.axvline(float(point.budget.removesuffix("x")), c="#555555", ls="--", lw=0.7)
-    left.set_ylabel("divergence on the search split (less is better)")
     right.set_ylabel("accuracy on the test split, % (more is better)")
+    left.set_ylabel("divergence on the search split (less is better)")
     predicted = any(result.predicted for result in front.results)
-    for axis in (left, right):
+    for axis in axes:
+        for point in front.points:
+            axis.axvline(float(point.budget.removesuffix("x")), c="#555555", ls="--", lw=0.7)
         axis.set_xlabel(f"latency, fraction of the uncompressed model's{' (predicted, an estimate)' * predicted}")
         axis.grid(alpha=0.25, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
