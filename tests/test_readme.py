@@ -24,7 +24,7 @@ def commands(root: Path) -> list[list[str]]:
 
 def test_the_readme_shows_every_kind_of_command(root: Path) -> None:
     shown = {words[1] for words in commands(root)}
-    assert {"search", "report", "apply", "measure", "spaces", "profile"} <= shown
+    assert {"search", "report", "apply", "measure", "spaces", "profile", "doctor"} <= shown
 
 
 def test_the_readmes_commands_run(root: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -12,7 +12,7 @@ from autocomp.engines.cuda.telemetry import GpuState, Nvml
 from autocomp.engines.processor import processor
 from autocomp.errors import AutocompError
 
-__all__ = ["Diagnosis", "EngineCheck", "GpuCheck", "diagnose"]
+__all__ = ["Diagnosis", "EngineCheck", "GpuCheck", "advice_for", "diagnose"]
 
 # Compute capabilities from which on tensor cores have a type.
 _TYPES = (("fp16", (7, 0)), ("int8", (7, 5)), ("tf32", (8, 0)), ("bf16", (8, 0)), ("fp8", (8, 9)))
@@ -109,7 +109,7 @@ def diagnose() -> Diagnosis:
         gpu=gpu,
         no_gpu=no_gpu,
         engines=engines,
-        advice=tuple(_advice(gpu, engines, packages)),
+        advice=tuple(advice_for(gpu, engines, packages)),
     )
 
 
@@ -120,8 +120,7 @@ def _gpu() -> tuple[GpuCheck | None, str | None]:
         return None, str(error)
     telemetry = Nvml(cuda.info.bus)
     types = tuple(name for name, since in _TYPES if cuda.info.capability >= since)
-    access = "pycuda" if type(cuda).__name__ == "PyCuda" else "cuda-bindings"
-    return GpuCheck(cuda.info, telemetry.driver_version(), telemetry.read(), types, access), None
+    return GpuCheck(cuda.info, telemetry.driver_version(), telemetry.read(), types, cuda.package), None
 
 
 def _engine(name: str) -> EngineCheck:
@@ -144,7 +143,7 @@ def _engine(name: str) -> EngineCheck:
     return EngineCheck(name, backend.device.engine.partition(" ")[2] or None, True, precisions, ahead)
 
 
-def _advice(gpu: GpuCheck | None, engines: tuple[EngineCheck, ...], packages: dict[str, str]) -> list[str]:
+def advice_for(gpu: GpuCheck | None, engines: tuple[EngineCheck, ...], packages: dict[str, str]) -> list[str]:
     """Commands, the most useful first."""
     found = []
     missing = {check.name for check in engines if check.missing is not None and "not installed" in check.missing}

@@ -50,6 +50,11 @@ class Cuda(Protocol):
     """
 
     @property
+    def package(self) -> str:
+        """That drives the GPU."""
+        ...
+
+    @property
     def info(self) -> GpuInfo: ...
 
     def allocate(self, size_bytes: int) -> int: ...

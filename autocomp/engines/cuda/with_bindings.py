@@ -23,6 +23,8 @@ _REMEDIES = {
 class CudaBindings:
     """See `Cuda`. Shares the device's primary context with torch and TensorRT."""
 
+    package = "cuda-bindings"
+
     def __init__(self, index: int = 0) -> None:
         """Raises: ConfigError: no driver, no GPU, or none of that number."""
         try:

@@ -15,6 +15,8 @@ __all__ = ["PyCuda"]
 class PyCuda:
     """See `Cuda`. Shares the device's primary context with torch and TensorRT."""
 
+    package = "pycuda"
+
     def __init__(self, index: int = 0) -> None:
         """Raises: ConfigError: no driver, no GPU, or none of that number."""
         try:

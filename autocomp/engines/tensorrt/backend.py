@@ -130,7 +130,8 @@ class TensorRtBackend:
 
     def _options(self) -> BuildOptions:
         timings = None
-        if self._cuda is not None and not self._flavour.builds_without_gpu:
+        # Fresh builds are to choose their kernels anew, and TensorRT-RTX times none.
+        if self._cuda is not None and not self._spec.fresh and not self._flavour.builds_without_gpu:
             with suppress(OSError):
                 timings = timing_cache(cache("timings"), self._flavour, self._cuda.info)
         return BuildOptions(self._targets, tf32=self._spec.tf32, timing_cache=timings)

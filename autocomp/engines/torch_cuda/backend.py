@@ -133,6 +133,7 @@ class TorchCudaEngine:
         return OperatorTimes(medians, sum(medians.values()))
 
     def _captured(self, work: Callable[[Tensor], Tensor]) -> tuple[Any, Tensor]:
+        torch.cuda.synchronize()  # weights and images were copied on another stream
         with torch.no_grad(), _tf32(self._tf32):
             with torch.cuda.stream(self._clock.stream):
                 for _ in range(_WARM_RUNS):

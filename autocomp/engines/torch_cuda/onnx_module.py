@@ -58,19 +58,23 @@ class OnnxModule(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of a batch."""
-        values: dict[str, Tensor] = {}
-        for name, value in self.steps(images):
-            values[name] = value
-        return values[self.output]
+        values = self._given(images)
+        for operator, attributes, inputs, output in self._steps:
+            values[output] = operator([values[name] for name in inputs], attributes)
+        logits: Tensor = values[self.output]
+        return logits
 
     def steps(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every operator's value as it is computed, by the name it has in the file."""
-        values: dict[str, Any] = {"": None, self.input: _channels_last(images)}
-        values.update(self._numbers)
-        values.update({name: getattr(self, buffer) for name, buffer in self._names.items()})
+        values = self._given(images)
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
             yield output, values[output]
+
+    def _given(self, images: Tensor) -> dict[str, Any]:
+        """What is there before the first operator; an input that is left out is None."""
+        tensors = {name: getattr(self, buffer) for name, buffer in self._names.items()}
+        return {"": None, self.input: _channels_last(images), **self._numbers, **tensors}
 
 
 def _tensor(array: np.ndarray[Any, Any], data_type: int) -> Tensor:

@@ -9,7 +9,7 @@ from autocomp.cli import main
 from autocomp.engines import BACKENDS
 from autocomp.engines.cuda import GpuInfo
 from autocomp.engines.cuda.telemetry import GpuState
-from autocomp.engines.doctor import Diagnosis, EngineCheck, GpuCheck, _advice
+from autocomp.engines.doctor import Diagnosis, EngineCheck, GpuCheck, advice_for
 from autocomp.engines.tensorrt import read_plan
 from autocomp.engines.tensorrt.backend import NUMERICS
 from tests.engines.conftest import Case
@@ -70,14 +70,14 @@ def test_advice_is_the_command_for_what_is_missing() -> None:
     info = GpuInfo("NVIDIA L4", (8, 9), "13.0", 24 * 2**30, "0000:01:00.0")
     gpu = GpuCheck(info, "580.65", GpuState(2040, 6251, 72.0, 60), ("fp16", "int8"), "cuda-bindings")
     missing = [EngineCheck(name, None, False, missing="not installed: pip") for name in ("tensorrt", "tensorrt-rtx")]
-    assert _advice(gpu, tuple(missing), {"cuda-bindings": "13.0"}) == [
+    assert advice_for(gpu, tuple(missing), {"cuda-bindings": "13.0"}) == [
         "to run TensorRT on this GPU: pip install 'autocomp[tensorrt]'",
         "for steadier times: sudo nvidia-smi -lgc 2040 (undo: sudo nvidia-smi -rgc)",
     ]
-    assert _advice(None, tuple(missing), {}) == [
+    assert advice_for(None, tuple(missing), {}) == [
         "to build engines for GPUs elsewhere: pip install 'autocomp[tensorrt-rtx]'"
     ]
     locked = GpuCheck(info, "580.65", GpuState(2040, 6251, 72.0, 60, reasons=0x2), ("fp16",), "pycuda")
-    assert _advice(locked, (), {"pycuda": "2025.1"}) == []
+    assert advice_for(locked, (), {"pycuda": "2025.1"}) == []
     whole = Diagnosis("cpu", 2, "3.11.9", {}, locked, None, (), ())
     assert whole.to_json()["gpu"]["clocks"] == "locked" and whole.to_json()["gpu"]["info"]["capability"] == (8, 9)

@@ -32,6 +32,7 @@ class HostCuda:
     captures: bool = True
     memory: dict[int, Any] = field(default_factory=dict)
     launches: int = 0
+    package: str = "host"
     info: GpuInfo = field(default=GpuInfo("host", (8, 9), "13.0", 2**30, "none"))
 
     def allocate(self, size_bytes: int) -> int:

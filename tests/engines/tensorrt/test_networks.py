@@ -30,6 +30,8 @@ from autocomp.policy import FP32, INT8, Policy, Precision, Recipe
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="not installed: pip install 'autocomp[tensorrt-rtx]'")
 
+pytestmark = pytest.mark.slow
+
 TARGETS = ("SM80", "SM89", "SM120")
 FP16 = Precision.parse("fp16")
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -152,7 +154,7 @@ def test_ten_random_mixed_policies(resnet56: Trained) -> None:
     for seed in range(10):
         policy = mixed(resnet56.traced.graph, seed)
         assert policy.kept and {str(kind) for kind in policy.precisions.values()} == {"fp16", "int8"}
-        share, file = agreement(resnet56, policy, resnet56.test[:100])
+        share, file = agreement(resnet56, policy, resnet56.test[:64])
         shares.append(share)
         assert build(file) > 0
-    assert np.mean(shares) >= 0.985 and min(shares) >= 0.97
+    assert np.mean(shares) >= 0.985 and min(shares) >= 0.96
