@@ -16,19 +16,23 @@ from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_b
 from autocomp.errors import AutocompError, EngineError, InfeasibleError, InputError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Event, Note, Observer, SearchResult
-from autocomp.report import write_report, write_sensitivity
+from autocomp.report import render_card, write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
+from autocomp.study.card import Card, sha256
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
 from autocomp.study.profiles import check_profile, predict_policy
 from autocomp.study.recheck import Verification, verify_run
-from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors
+from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors, write_atomic
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.sensitivity import Sensitivity
+from autocomp.study.ship import export_run, write_card
+from autocomp.study.shipped import ShippedVerification
+from autocomp.study.shipped import verify_shipped as check_shipped
 from autocomp.study.sweep import THOROUGH, obtain
 from autocomp.study.verify import verification_protocol
 from autocomp.study.workbench import Workbench, package_versions, prepare
@@ -38,6 +42,7 @@ __all__ = [
     "apply_policy",
     "build_profile",
     "check_profile",
+    "export",
     "load_result",
     "measure",
     "predict_policy",
@@ -47,6 +52,7 @@ __all__ = [
     "run_sensitivity",
     "search",
     "verify",
+    "verify_shipped",
 ]
 
 LIVE = "object:"
@@ -216,6 +222,41 @@ def verify(run: Path, observer: Observer | None = None) -> Verification:
     if found.changed:
         write_report(found.result, run)
     return found
+
+
+def export(run: Path, kinds: Sequence[str], out: Path) -> Card:
+    """Write a finished run's model into a new folder as files to deploy, with a card of what they claim.
+
+    Needs the run's folder alone; where its data is at hand the card also says how to prepare images.
+
+    Args:
+        kinds: ``onnx`` (the measured file and the uncompressed one), ``torch`` (an ``ExportedProgram`` that computes
+            the same, and float weights), ``policy`` (with calibration scales), ``engine`` (of TensorRT).
+
+    Raises:
+        InputError: the run is not finished or not whole, a kind is unknown, or ``out`` is taken.
+    """
+    result = load_result(run)
+    _refuse_filled(out)
+    with storage_errors(out):
+        card = export_run(run, read_manifest(run), result, kinds, out)
+        text = render_card(card)
+        write_atomic(out / "card.md", text)
+        card = replace(card, files={**card.files, "card.md": sha256(text.encode())})
+        write_card(card, out)
+    return card
+
+
+def verify_shipped(folder: Path, data: str | None = None, observer: Observer | None = None) -> ShippedVerification:
+    """Measure and score what `export` wrote again, and say which claims of its card no longer hold.
+
+    Args:
+        data: where the card's data lies now, as in ``--data``; None for where it lay.
+
+    Raises:
+        InputError: the folder was not shipped, its engine is not here or only estimates, or the data is not the card's.
+    """
+    return check_shipped(folder, data, observer or _silent)
 
 
 def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:

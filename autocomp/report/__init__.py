@@ -1,6 +1,7 @@
 """What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
-from autocomp.report.console import LiveScreen, print_estimate, print_result, print_verification
+from autocomp.report.card import render_card
+from autocomp.report.console import LiveScreen, print_estimate, print_result, print_shipped, print_verification
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
@@ -26,8 +27,10 @@ __all__ = [
     "print_profile",
     "print_result",
     "print_sensitivity",
+    "print_shipped",
     "print_verification",
     "profile_json",
+    "render_card",
     "write_report",
     "write_sensitivity",
 ]
