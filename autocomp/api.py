@@ -18,6 +18,7 @@ from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Event, Note, Observer, SearchResult
 from autocomp.report import render_card, write_report, write_sensitivity
 from autocomp.results import LatencyEstimate, TrialResult
+from autocomp.storage import storage_errors, write_atomic
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
 from autocomp.study.card import Card, sha256
@@ -26,7 +27,7 @@ from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
 from autocomp.study.profiles import check_profile, predict_policy
 from autocomp.study.recheck import Verification, verify_run
-from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken, storage_errors, write_atomic
+from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.sensitivity import Sensitivity

@@ -16,7 +16,8 @@ from autocomp.errors import InputError
 from autocomp.outcome import SearchResult
 from autocomp.policy import Policy, Recipe
 from autocomp.results import TrialResult
-from autocomp.study.run import Run, write_atomic
+from autocomp.storage import write_atomic
+from autocomp.study.run import Run
 from autocomp.study.workbench import Workbench
 
 __all__ = ["ShippedPolicy", "ship", "write_model", "write_table"]

@@ -11,10 +11,11 @@ from autocomp.data import load_data
 from autocomp.engines import make_backend
 from autocomp.errors import ConfigError, DataError, InputError, RunError
 from autocomp.outcome import SearchResult
+from autocomp.storage import write_atomic
 from autocomp.study.card import CARD, Card, DataCard, sha256
 from autocomp.study.loading import data_options
 from autocomp.study.recheck import shipped_files
-from autocomp.study.run import Manifest, write_atomic
+from autocomp.study.run import Manifest
 from autocomp.study.workbench import backend_spec
 
 __all__ = ["KINDS", "export_run", "write_card"]
