@@ -1,8 +1,6 @@
 """What a program calls; the command line calls the same functions."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -22,12 +20,13 @@ from autocomp.storage import storage_errors, write_atomic
 from autocomp.study.artefacts import ShippedPolicy, write_model, write_table
 from autocomp.study.build_profile import build_profile
 from autocomp.study.card import Card, sha256
+from autocomp.study.finetune import Finetuned, finetune_run, recipe_of
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
 from autocomp.study.profiles import check_profile, predict_policy
 from autocomp.study.recheck import Verification, verify_run
-from autocomp.study.run import Manifest, Run, read_manifest, refuse_taken
+from autocomp.study.run import Run, read_manifest, refuse_changes, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.search import search as run_study
 from autocomp.study.sensitivity import Sensitivity
@@ -36,7 +35,7 @@ from autocomp.study.shipped import ShippedVerification
 from autocomp.study.shipped import verify_shipped as check_shipped
 from autocomp.study.sweep import THOROUGH, obtain
 from autocomp.study.verify import verification_protocol
-from autocomp.study.workbench import Workbench, package_versions, prepare
+from autocomp.study.workbench import Workbench, manifest_of, package_versions, prepare
 
 __all__ = [
     "Interrupted",
@@ -44,6 +43,7 @@ __all__ = [
     "build_profile",
     "check_profile",
     "export",
+    "finetune",
     "load_result",
     "measure",
     "predict_policy",
@@ -124,7 +124,7 @@ def run_search(
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
-    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as run:
+    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
         return _conduct(bench, prologue, run, watch)
 
 
@@ -146,7 +146,7 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
     with Run.open(run) as opened:
         try:
             bench = prepare(config, watch)
-            _refuse_changes(opened, bench)
+            refuse_changes(opened, bench.digests, bench.backend.device.to_json())
             prologue = begin(bench)
         except KeyboardInterrupt:
             raise Interrupted(run) from None
@@ -202,7 +202,7 @@ def retarget(
     refuse_taken(folder)
     bench = prepare(config, watch)
     heritage = heritage_of(run, bench, watch)
-    with begin(bench) as prologue, Run.create(folder, _manifest(bench)) as opened:
+    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as opened:
         heritage.write(folder)
         return _conduct(bench, prologue, opened, watch)
 
@@ -221,6 +221,33 @@ def verify(run: Path, observer: Observer | None = None) -> Verification:
     with Run.open(run) as opened:
         found = verify_run(opened, result, observer or _silent)
     if found.changed:
+        write_report(found.result, run)
+    return found
+
+
+def finetune(run: Path, settings: Mapping[str, Any], observer: Observer | None = None) -> Finetuned:
+    """Train the best model of a finished run, and keep it there where the engine says that it is better.
+
+    Args:
+        settings: fields of `autocomp.train.TrainingRecipe`; without ``flip`` digits are not mirrored, all else is.
+
+    Raises:
+        InputError: the run is not finished or of live objects, something it depends on has changed, or there are no
+            training images.
+        CompressError: training diverged; the run is as it was.
+    """
+    watch = observer or _silent
+    result, manifest = load_result(run), read_manifest(run)
+    config = SearchConfig.from_json(manifest.config)
+    if config.model.startswith(LIVE) or config.data.startswith(LIVE):
+        raise RunError(f"{run} was started from live objects: name model and data, and search again")
+    recipe = recipe_of(config, settings)
+    with Run.open(run) as opened:
+        bench = prepare(config, watch)
+        refuse_changes(opened, bench.digests, bench.backend.device.to_json())
+        with storage_errors(run):
+            found = finetune_run(bench, opened, result, recipe, watch)
+    if found.replaced:
         write_report(found.result, run)
     return found
 
@@ -273,6 +300,8 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
     _refuse_filled(out)
     if shipped.settings:
         config = SearchConfig.from_json({**config.to_json(), **shipped.settings})
+    if shipped.training is not None:
+        raise InputError(f"{policy} is of a fine-tuned model, which only training makes: copy its model.onnx instead")
     bench = prepare(config, _silent, recipe=shipped.recipe if shipped.digests else None)
     for name, digest in (shipped.digests or {}).items():
         if bench.digests.get(name) != digest:
@@ -364,28 +393,6 @@ def _conduct(bench: Workbench, prologue: Prologue, run: Run, observer: Observer)
     run.set_status("verified" if result.verified else "unverified")
     write_report(result, run.folder)
     return result
-
-
-def _manifest(bench: Workbench) -> Manifest:
-    versions = package_versions()
-    return Manifest(
-        version=versions.get("autocomp", "unknown"),
-        config=bench.config.to_json(),
-        command=[Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])],
-        versions=versions,
-        device=bench.backend.device.to_json(),
-        digests=bench.digests,
-    )
-
-
-def _refuse_changes(run: Run, bench: Workbench) -> None:
-    """A run goes on only where what its cached results depend on is what it was."""
-    before, now = run.manifest.digests, bench.digests
-    for name, digest in before.items():
-        if now.get(name) != digest:
-            raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
-    if run.manifest.device != bench.backend.device.to_json():
-        raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
 
 
 def _silent(event: Event) -> None:

@@ -27,12 +27,14 @@ from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
 from autocomp.study.card import Card, DataCard
+from autocomp.study.finetune import Finetuned
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.recheck import Verification
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from autocomp.study.shipped import ShippedVerification
 from autocomp.study.staleness import Drift
 from autocomp.study.verify import Verdict
+from autocomp.train import TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +90,12 @@ class FakeApi:
     def verify_shipped(self, folder: Path, data: str | None, observer: Callable[..., None]) -> Any:
         print("a library chats")
         return self._answer("verify_shipped", folder, data)
+
+    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None]) -> Any:
+        observer(Phase("finetune", 2))
+        observer(Step())
+        print("a library chats")
+        return self._answer("finetune", run, settings)
 
     def export(self, run: Path, kinds: list[str], out: Path) -> Any:
         print("a library chats")
@@ -605,6 +613,27 @@ def test_verify_prints_its_verdict_and_leaves_with_it(
     assert all(f"`{name}`" in documented for name in printed)
 
 
+def finetuned(reason: str | None = None) -> Finetuned:
+    change = Interval(0.02, 0.01, 0.03) if reason is None else None
+    return Finetuned(finished(), reason is None, reason, (0.8, 0.82), change, (1.5, 0.5), TrainingRecipe())
+
+
+@pytest.mark.parametrize("reason", [None, "p50 0.6x is over 0.5x"])
+def test_finetune_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixture[str], reason: str | None) -> None:
+    api.outcome = finetuned(reason)
+    assert run("finetune", "runs/x", "--epochs", "3", "--lr", "0.02", "--distillation", "0", "--flip", "0.1") == 0
+    assert api.calls == [("finetune", Path("runs/x"), {"epochs": 3, "lr": 0.02, "distillation": 0.0, "flip": 0.1})]
+    out = capfd.readouterr().out
+    assert "80.00 % before, 82.00 % after" in out and "1.5, 0.5" in out
+    assert (f"the run stays as it was: {reason}" if reason else "+2.00 points (+1.00 to +3.00)") in out
+    assert run("finetune", "runs/x", "--json") == 0
+    assert api.calls[-1] == ("finetune", Path("runs/x"), {})
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["replaced"] is (reason is None) and printed["losses"] == [1.5, 0.5]
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `finetune`")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in documented for name in printed)
+
+
 def card() -> Card:
     rows = finished().contenders
     data = DataCard("digits", "d" * 64, 500, (0.3,), (0.3,))
@@ -702,6 +731,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         api.outcome = estimate(0.5)
     if " verify " in line:
         api.outcome = verification()
+    if " finetune " in line:
+        api.outcome = finetuned()
     if " export " in line:
         api.outcome = card()
     if " sensitivity" in line:

@@ -1,4 +1,4 @@
-"""``autocomp export`` and ``autocomp verify``: files to deploy, and whether what they claim is true here."""
+"""``autocomp finetune``, ``export`` and ``verify``: from a finished run to files that people deploy."""
 
 import sys
 from collections.abc import Iterator
@@ -23,8 +23,37 @@ UNTRUE = 1
 
 def add_shipping_commands(app: typer.Typer) -> None:
     """Register the commands of this file."""
+    app.command()(finetune)
     app.command()(export)
     app.command()(verify)
+
+
+def finetune(
+    context: typer.Context,
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    epochs: Annotated[int | None, typer.Option(help="over the training images [5]")] = None,
+    lr: Annotated[float | None, typer.Option(help="the highest learning rate [0.01]")] = None,
+    optimizer: Annotated[Text, typer.Option(help="sgd or adamw [sgd]")] = None,
+    schedule: Annotated[Text, typer.Option(help="cosine or one_cycle [cosine]")] = None,
+    distillation: Annotated[float | None, typer.Option(help="weight of the uncompressed model's say [0.9]")] = None,
+    crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
+    flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
+    json: AsJson = None,
+) -> None:
+    """Train a run's best model, quantize it again, and keep it where the engine says that it is better.
+
+    Images that the search scored with are never trained on. Stopped, the same command goes on.
+    """
+    given = {name: value for name, value in context.params.items() if name not in ("run", "json") and value is not None}
+    from autocomp import api
+    from autocomp.report import print_finetuned
+
+    with _watched("the run is as it was", as_json=bool(json)) as observer:
+        found = api.finetune(run, given, observer)
+    if json:
+        print_json(found.to_json())
+    else:
+        print_finetuned(found, console(sys.stdout))
 
 
 def export(

@@ -1,7 +1,14 @@
 """What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
 from autocomp.report.card import render_card
-from autocomp.report.console import LiveScreen, print_estimate, print_result, print_shipped, print_verification
+from autocomp.report.console import (
+    LiveScreen,
+    print_estimate,
+    print_finetuned,
+    print_result,
+    print_shipped,
+    print_verification,
+)
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
@@ -23,6 +30,7 @@ __all__ = [
     "print_difference",
     "print_estimate",
     "print_estimated",
+    "print_finetuned",
     "print_policy",
     "print_profile",
     "print_result",

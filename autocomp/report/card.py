@@ -1,7 +1,6 @@
 """``card.md`` of a shipped folder: its claims for readers."""
 
 import json
-import shlex
 
 from autocomp.outcome import Contender
 from autocomp.report.tables import ABSENT, LABELS, macs, markdown_table, megabytes, milliseconds, percent
@@ -32,7 +31,7 @@ def render_card(card: Card) -> str:
         f"threads {settings['threads']}, batch {batch}.",
         f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
         "## Policy\n\n```json\n" + json.dumps(model.policy.to_json(), indent=2) + "\n```",
-        "## Made by\n\n```console\n$ " + shlex.join(card.command) + "\n```\n\n"
+        "## Made by\n\n```console\n$ " + " ".join(card.command) + "\n```\n\n"
         + ", ".join(f"{name} {version}" for name, version in card.versions.items()) + ".",
         "## Files\n\n" + markdown_table(
             ("file", "SHA-256"), [(name, digest) for name, digest in card.files.items()]

@@ -21,10 +21,11 @@ from autocomp.report.tables import (
     verdict,
 )
 from autocomp.results import LatencyEstimate, TrialResult
+from autocomp.study.finetune import Finetuned
 from autocomp.study.recheck import Verification
 from autocomp.study.shipped import ShippedVerification
 
-__all__ = ["LiveScreen", "print_estimate", "print_result", "print_shipped", "print_verification"]
+__all__ = ["LiveScreen", "print_estimate", "print_finetuned", "print_result", "print_shipped", "print_verification"]
 
 ESTIMATE = "predicted, an estimate"
 
@@ -160,6 +161,25 @@ def print_verification(found: Verification, console: Console) -> None:
     ]
     if found.changed:
         lines.append(f"the run was predicted for this device; its report now has the measurement: {found.result.run}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_finetuned(found: Finetuned, console: Console) -> None:
+    """Print what training did for a run."""
+    before, after = found.selection
+    lines = [
+        f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses)}",
+        f"accuracy on the selection split: {percent(before)} before, {percent(after)} after",
+    ]
+    best = found.result.best
+    if found.change is not None and best is not None:
+        change = found.change
+        lines.append(
+            f"accuracy on the test split: {percent(best.test_accuracy)}, {100 * change.value:+.2f} points "
+            f"({100 * change.low:+.2f} to {100 * change.high:+.2f})"
+        )
+    lines.append(verdict(found.result) if found.replaced else f"the run stays as it was: {found.reason}")
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 

@@ -23,7 +23,7 @@ from autocomp.study.trial import Limits
 from autocomp.study.verify import Verdict, admit, reference_latency, statistics_of, verification_protocol
 from autocomp.study.workbench import backend_spec
 
-__all__ = ["Verification", "admit_here", "refuse_estimates", "shipped_files", "verify_run"]
+__all__ = ["ENTRY", "Verification", "admit_here", "refuse_estimates", "shipped_files", "verify_run"]
 
 ENTRY = "verification"
 """Kind of the journal's entries."""

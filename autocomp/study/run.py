@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 from autocomp.errors import RunError
 from autocomp.storage import storage_errors, write_atomic
 
-__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken"]
+__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_changes", "refuse_taken"]
 
 FORMAT = 1
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "journal.jsonl", ".lock"
@@ -214,6 +214,15 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def refuse_changes(run: Run, digests: Mapping[str, str], device: Mapping[str, Any]) -> None:
+    """A run goes on only where what its cached results depend on is what it was. Raises: RunError if not."""
+    for name, digest in run.manifest.digests.items():
+        if digests.get(name) != digest:
+            raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
+    if run.manifest.device != device:
+        raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")
 
 
 def _elapsed_before(entries: Sequence[Mapping[str, Any]]) -> float:

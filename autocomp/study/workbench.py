@@ -1,10 +1,13 @@
 """Everything a search works with, made ready once: model, data, graph, statistics, engine files."""
 
 import platform
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +42,7 @@ from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.executors import EXECUTORS
 from autocomp.study.loading import load
 from autocomp.study.predicted import target_of
+from autocomp.study.run import Manifest
 from autocomp.study.score import load_metric
 from autocomp.study.trial import Emitter
 
@@ -49,6 +53,7 @@ __all__ = [
     "backend_spec",
     "chance_limit",
     "first_images",
+    "manifest_of",
     "package_versions",
     "prepare",
 ]
@@ -190,6 +195,19 @@ def prepare(
     notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
     made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
     return Workbench(*made, images, statistics, notes)
+
+
+def manifest_of(bench: Workbench) -> Manifest:
+    """Of a run that begins with this workbench, in this process."""
+    versions = package_versions()
+    return Manifest(
+        version=versions.get("autocomp", "unknown"),
+        config=bench.config.to_json(),
+        command=[Path(sys.argv[0]).name, *map(shlex.quote, sys.argv[1:])],
+        versions=versions,
+        device=bench.backend.device.to_json(),
+        digests=bench.digests,
+    )
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
