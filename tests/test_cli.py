@@ -26,11 +26,15 @@ from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.results import Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
+from autocomp.study.card import Card, DataCard
+from autocomp.study.finetune import Finetuned
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.recheck import Verification
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
+from autocomp.study.shipped import ShippedVerification
 from autocomp.study.staleness import Drift
 from autocomp.study.verify import Verdict
+from autocomp.train import TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,6 +86,20 @@ class FakeApi:
         observer(Phase("verify"))
         print("a library chats")
         return self._answer("verify", run)
+
+    def verify_shipped(self, folder: Path, data: str | None, observer: Callable[..., None]) -> Any:
+        print("a library chats")
+        return self._answer("verify_shipped", folder, data)
+
+    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None]) -> Any:
+        observer(Phase("finetune", 2))
+        observer(Step())
+        print("a library chats")
+        return self._answer("finetune", run, settings)
+
+    def export(self, run: Path, kinds: list[str], out: Path) -> Any:
+        print("a library chats")
+        return self._answer("export", run, kinds, out)
 
     def load_result(self, run: Path) -> Any:
         return self._answer("load_result", run)
@@ -595,6 +613,69 @@ def test_verify_prints_its_verdict_and_leaves_with_it(
     assert all(f"`{name}`" in documented for name in printed)
 
 
+def finetuned(reason: str | None = None) -> Finetuned:
+    change = Interval(0.02, 0.01, 0.03) if reason is None else None
+    return Finetuned(finished(), reason is None, reason, (0.8, 0.82), change, (1.5, 0.5), TrainingRecipe())
+
+
+@pytest.mark.parametrize("reason", [None, "p50 0.6x is over 0.5x"])
+def test_finetune_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixture[str], reason: str | None) -> None:
+    api.outcome = finetuned(reason)
+    assert run("finetune", "runs/x", "--epochs", "3", "--lr", "0.02", "--distillation", "0", "--flip", "0.1") == 0
+    assert api.calls == [("finetune", Path("runs/x"), {"epochs": 3, "lr": 0.02, "distillation": 0.0, "flip": 0.1})]
+    out = capfd.readouterr().out
+    assert "80.00 % before, 82.00 % after" in out and "1.5, 0.5" in out
+    assert (f"the run stays as it was: {reason}" if reason else "+2.00 points (+1.00 to +3.00)") in out
+    assert run("finetune", "runs/x", "--json") == 0
+    assert api.calls[-1] == ("finetune", Path("runs/x"), {})
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["replaced"] is (reason is None) and printed["losses"] == [1.5, 0.5]
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `finetune`")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in documented for name in printed)
+
+
+def card() -> Card:
+    rows = finished().contenders
+    data = DataCard("digits", "d" * 64, 500, (0.3,), (0.3,))
+    return Card(
+        parse_budgets(["0.5x"]), True, False, rows["best"], rows["reference"], data, {"name": "cpu", "engine": "e 1"},
+        SearchConfig().to_json(), {}, {}, ["autocomp"], (), {"model.onnx": "0" * 64},
+    )  # fmt: skip
+
+
+def test_export_passes_its_kinds(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    api.outcome = card()
+    assert run("export", "runs/x", "--to", "onnx, policy", "--out", "there") == 0
+    assert api.calls == [("export", Path("runs/x"), ["onnx", "policy"], Path("there"))]
+    assert capfd.readouterr().out == "there: model.onnx, card.json\n"
+    assert run("export", "runs/x", "--json") == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed == {**card().to_json(), "folder": "exported"}
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `export`")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in documented for name in (*printed, *printed["data"]))
+
+
+@pytest.mark.parametrize(("broken", "status"), [((), 0), (("model.onnx was changed after it was shipped",), 1)])
+def test_verify_of_an_exported_folder_leaves_with_1_where_a_claim_is_untrue(
+    api: FakeApi, folder: Path, capfd: pytest.CaptureFixture[str], broken: tuple[str, ...], status: int
+) -> None:
+    (folder / "shipped").mkdir()
+    (folder / "shipped" / "card.json").touch()
+    seen = (verification().device, verification().verdict, 0.9) if not broken else ()
+    api.outcome = ShippedVerification(Path("shipped"), card(), broken, *seen)
+    assert run("verify", "shipped", "--data", "npz:x.npz") == status
+    assert api.calls == [("verify_shipped", Path("shipped"), "npz:x.npz")]
+    out = capfd.readouterr().out
+    assert f"no longer true: {broken[0]}" in out if broken else "all that the card claims holds" in out
+    assert run("verify", "shipped", "--json") == status
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["holds"] is (status == 0) and printed["broken"] == list(broken)
+    documented = (ROOT / "docs" / "json.md").read_text().split("Of an exported folder")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in documented for name in printed)
+    assert run("verify", "runs/x", "--data", "digits") == 2
+    assert "a run is verified without data" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("version", [(3, 10, 4), (3, 14, 0)])
 def test_other_pythons_are_refused(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], version: tuple[int, ...]
@@ -650,6 +731,10 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         api.outcome = estimate(0.5)
     if " verify " in line:
         api.outcome = verification()
+    if " finetune " in line:
+        api.outcome = finetuned()
+    if " export " in line:
+        api.outcome = card()
     if " sensitivity" in line:
         api.outcome = sensitivity()
     if " profile " in line:

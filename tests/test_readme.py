@@ -1,5 +1,6 @@
-"""The README's autocomp commands, run in order in one folder, in the environment at hand and with few trials."""
+"""The README's autocomp commands and its example of serving, run in order in one folder, with few trials."""
 
+import ast
 import os
 import re
 import shlex
@@ -20,6 +21,20 @@ def commands(root: Path) -> list[list[str]]:
     blocks = re.findall(r"```console\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
     lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("autocomp ")]
+
+
+def serving(root: Path) -> str:
+    """The README's example of ONNX Runtime on an exported folder."""
+    blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if "InferenceSession" in block)
+    return example
+
+
+def test_serving_needs_no_autocomp(root: Path) -> None:
+    code = ast.parse(serving(root))
+    modules = {alias.name for node in code.body if isinstance(node, ast.Import) for alias in node.names}
+    assert modules == {"json", "numpy", "onnxruntime"}
+    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(code))
 
 
 def test_the_readme_shows_every_kind_of_command(root: Path) -> None:
@@ -53,3 +68,7 @@ def test_the_readmes_commands_run(root: Path, tmp_path: Path, request: pytest.Fi
             allowed = {0, 3}
         assert done.returncode in allowed, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr
+    served = subprocess.run(
+        [sys.executable, "-c", serving(root)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"\[\d\]\n", served.stdout)

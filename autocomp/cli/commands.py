@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, TypeVar
 
@@ -30,8 +29,9 @@ from autocomp.cli.flags import (
     Whole,
     settings_of,
 )
-from autocomp.cli.output import INTERRUPTED, console, fail, print_json, quiet_stdout
+from autocomp.cli.output import INTERRUPTED, NOTHING_VERIFIED, console, fail, print_json, quiet_stdout
 from autocomp.cli.profiles import profiles
+from autocomp.cli.shipping import add_shipping_commands
 from autocomp.cli.spaces import spaces
 from autocomp.errors import AutocompError, InfeasibleError, InputError
 
@@ -45,7 +45,7 @@ Found = TypeVar("Found", "SearchResult", "Front")
 
 __all__ = ["app", "main"]
 
-BAD_INPUT, NOTHING_VERIFIED = 2, 3
+BAD_INPUT = 2
 OLDEST, NEWEST = (3, 11), (3, 13)
 
 app = typer.Typer(
@@ -59,6 +59,7 @@ app = typer.Typer(
 app.add_typer(spaces, name="spaces")
 app.add_typer(profiles, name="profile")
 add_engine_commands(app)
+add_shipping_commands(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -170,28 +171,6 @@ def retarget(
         return api.retarget(run, settings, observer, out)
 
     _conduct(work, print_result, as_json=bool(json))
-
-
-@app.command()
-def verify(
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    json: AsJson = None,
-) -> None:
-    """Measure what a run shipped again on this device, on fresh engines in fresh processes, and judge its budgets."""
-    from autocomp import api
-    from autocomp.report import LiveScreen, print_verification
-
-    screen_and_table = console(sys.stderr if json else sys.stdout)
-    try:
-        with quiet_stdout() if json else nullcontext(), LiveScreen(screen_and_table) as screen:
-            found = api.verify(run, screen)
-    except KeyboardInterrupt:
-        fail("interrupted: the run is as it was, start again", INTERRUPTED)
-    if json:
-        print_json(found.to_json())
-    else:
-        print_verification(found, screen_and_table)
-    sys.exit(0 if found.verdict.admitted else NOTHING_VERIFIED)
 
 
 @app.command()

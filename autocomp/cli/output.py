@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "console", "fail", "print_json", "quiet_stdout"]
+__all__ = ["INTERRUPTED", "NOTHING_VERIFIED", "console", "fail", "print_json", "quiet_stdout"]
 
+NOTHING_VERIFIED = 3
+"""Exit status where the work is done and no budget is known to hold."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 

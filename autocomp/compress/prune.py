@@ -25,7 +25,7 @@ from autocomp.compress.tracing import Traced
 from autocomp.graph import Branch, LayerGraph
 from autocomp.policy import Policy, Recipe
 
-__all__ = ["Clock", "Pruned", "prune"]
+__all__ = ["OBSERVED_IMAGES", "Clock", "Observation", "Pruned", "observe", "prune"]
 
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
@@ -106,13 +106,13 @@ def prune(
             tensors |= solve_in_sequence(traced, module, policy, positions, images[:count], recipe)
             module = rebuild(traced.module, graph, tensors, branches)
 
-    def observe(candidate: fx.GraphModule) -> _Observation:
+    def look(candidate: fx.GraphModule) -> Observation:
         with clock("observe"):
             held_out, reference = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
-            return _observe(candidate, graph, observed, recipe, held_out, reference)
+            return observe(candidate, graph, observed, recipe, held_out, reference)
 
     before = after = None
-    seen: _Observation | None = None
+    seen: Observation | None = None
     renewed = False
     if traced.norms and _worth_recalibrating(policy, recipe):
         with clock("recalibrate"):
@@ -124,7 +124,7 @@ def prune(
             fresh = recalibrated(module, graph, norms, images[:RECALIBRATION_IMAGES])
             candidate = rebuild(traced.module, graph, tensors | fresh, branches)
         if recipe.recalibration == "auto":
-            without, seen = observe(module), observe(candidate)
+            without, seen = look(module), look(candidate)
             before, after = without.divergence, seen.divergence
             renewed = after <= before
             seen = seen if renewed else without
@@ -133,12 +133,12 @@ def prune(
         module = candidate if renewed else module
     ranges = seen.ranges if seen else None
     if observed and ranges is None:
-        ranges = statistics.ranges if _ranges_kept(policy, recipe) else observe(module).ranges
+        ranges = statistics.ranges if _ranges_kept(policy, recipe) else look(module).ranges
     return Pruned(module, branches, kept, renewed, before, after, ranges if observed else None)
 
 
 @dataclass(frozen=True)
-class _Observation:
+class Observation:
     """One pass over held-out calibration images."""
 
     ranges: Mapping[str, tuple[float, float]]
@@ -203,14 +203,20 @@ def _sliced(norms: Mapping[str, Norm], graph: LayerGraph, positions: Positions) 
     return {name: cut(name, norm) for name, norm in norms.items()}
 
 
-def _observe(
+def observe(
     module: fx.GraphModule,
     graph: LayerGraph,
     values: Sequence[str],
     recipe: Recipe,
     images: Tensor,
     reference: Tensor,
-) -> _Observation:
+) -> Observation:
+    """Run a module once over held-out calibration images.
+
+    Args:
+        values: whose ranges are wanted.
+        reference: the uncompressed model's logits on the images.
+    """
     ranges = Ranges(recipe, values, len(images))
 
     def watch(node: fx.Node, value: Any, _read: object) -> None:
@@ -219,4 +225,4 @@ def _observe(
     watcher = Watcher(module, watch)
     with torch.no_grad():
         logits = torch.cat([watcher.run(part) for part in batches(images, 128)])
-    return _Observation(ranges.bounds(graph), divergence(reference, logits))
+    return Observation(ranges.bounds(graph), divergence(reference, logits))

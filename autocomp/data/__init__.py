@@ -2,6 +2,6 @@
 
 from autocomp.data.load import load_data
 from autocomp.data.objects import splits_from_objects
-from autocomp.data.splits import Batch, DataOptions, Split, Splits
+from autocomp.data.splits import Batch, DataOptions, Indexed, Split, Splits
 
-__all__ = ["Batch", "DataOptions", "Split", "Splits", "load_data", "splits_from_objects"]
+__all__ = ["Batch", "DataOptions", "Indexed", "Split", "Splits", "load_data", "splits_from_objects"]

@@ -3,10 +3,10 @@
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,6 +55,9 @@ class ArraySplit:
         for start in range(0, len(self.indices), size):
             chosen = self.indices[start : start + size]
             yield self.preprocess.normalise(self._fit(self.images[chosen])), self.labels[chosen]
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        return replace(self, indices=self.indices[indices])
 
     def _fit(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
         size = self.preprocess.size

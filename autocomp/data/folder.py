@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,9 @@ class FileSplit:
             chosen = self.entries[start : start + size]
             images = np.stack([self._read(entry.path) for entry in chosen])
             yield self.preprocess.normalise(images), np.asarray([entry.label for entry in chosen], np.int64)
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        return replace(self, entries=tuple(self.entries[index] for index in indices))
 
     def _read(self, path: Path) -> NDArray[np.uint8]:
         try:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -52,6 +52,9 @@ class DatasetSplit:
     def batches(self, size: int) -> Iterator[Batch]:
         for start in range(0, len(self.indices), size):
             yield self._read(self.indices[start : start + size])
+
+    def take(self, indices: NDArray[np.int64]) -> Self:
+        return replace(self, indices=self.indices[indices])
 
     def _read(self, indices: NDArray[np.int64]) -> Batch:
         try:

@@ -16,6 +16,7 @@ __all__ = [
     "Batch",
     "DataOptions",
     "Draws",
+    "Indexed",
     "Split",
     "Splits",
     "assemble",
@@ -49,6 +50,15 @@ class Split(Protocol):
         Raises:
             DataError: an image cannot be read, or holds NaN.
         """
+        ...
+
+
+@runtime_checkable
+class Indexed(Split, Protocol):
+    """A split whose images can be read in any order, as training does."""
+
+    def take(self, indices: NDArray[np.int64]) -> Split:
+        """The images at ``indices`` (n,), in their order."""
         ...
 
 

@@ -1,6 +1,14 @@
 """What a search shows: the live screen, the closing table, the report of a run folder; and what profiles say."""
 
-from autocomp.report.console import LiveScreen, print_estimate, print_result, print_verification
+from autocomp.report.card import render_card
+from autocomp.report.console import (
+    LiveScreen,
+    print_estimate,
+    print_finetuned,
+    print_result,
+    print_shipped,
+    print_verification,
+)
 from autocomp.report.front import print_front, write_front_report
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
@@ -23,13 +31,16 @@ __all__ = [
     "print_difference",
     "print_estimate",
     "print_estimated",
+    "print_finetuned",
     "print_front",
     "print_policy",
     "print_profile",
     "print_result",
     "print_sensitivity",
+    "print_shipped",
     "print_verification",
     "profile_json",
+    "render_card",
     "write_front_report",
     "write_report",
     "write_sensitivity",

@@ -21,9 +21,11 @@ from autocomp.report.tables import (
     verdict,
 )
 from autocomp.results import LatencyEstimate, TrialResult
+from autocomp.study.finetune import Finetuned
 from autocomp.study.recheck import Verification
+from autocomp.study.shipped import ShippedVerification
 
-__all__ = ["LiveScreen", "print_estimate", "print_result", "print_verification"]
+__all__ = ["LiveScreen", "print_estimate", "print_finetuned", "print_result", "print_shipped", "print_verification"]
 
 ESTIMATE = "predicted, an estimate"
 
@@ -159,6 +161,40 @@ def print_verification(found: Verification, console: Console) -> None:
     ]
     if found.changed:
         lines.append(f"the run was predicted for this device; its report now has the measurement: {found.result.run}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_finetuned(found: Finetuned, console: Console) -> None:
+    """Print what training did for a run."""
+    before, after = found.selection
+    lines = [
+        f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses)}",
+        f"accuracy on the selection split: {percent(before)} before, {percent(after)} after",
+    ]
+    best = found.result.best
+    if found.change is not None and best is not None:
+        change = found.change
+        lines.append(
+            f"accuracy on the test split: {percent(best.test_accuracy)}, {100 * change.value:+.2f} points "
+            f"({100 * change.low:+.2f} to {100 * change.high:+.2f})"
+        )
+    lines.append(verdict(found.result) if found.replaced else f"the run stays as it was: {found.reason}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_shipped(found: ShippedVerification, console: Console) -> None:
+    """Print which claims of a shipped folder hold."""
+    lines = []
+    if found.verdict is not None and found.device is not None:
+        latency = found.verdict.latency
+        lines.append(f"latency {latency.statistic}: {milliseconds(latency.latency_ms).line} ms")
+        lines.append(f"ratio: {latency.ratio.value:.3f} ({latency.ratio.low:.3f} to {latency.ratio.high:.3f})")
+        lines.append(f"device: {found.device['name']} with {found.device['engine']}")
+    if found.accuracy is not None:
+        lines.append(f"accuracy: {percent(found.accuracy)}, on the card {percent(found.card.model.test_accuracy)}")
+    lines += [f"no longer true: {line}" for line in found.broken] or ["all that the card claims holds"]
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 

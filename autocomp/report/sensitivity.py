@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autocomp.report.tables import ABSENT, macs, megabytes, significant
-from autocomp.study.run import write_atomic
+from autocomp.storage import write_atomic
 from autocomp.study.sensitivity import Kind, Sensitivity, SensitivityRow
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from autocomp.errors import InputError
 from autocomp.outcome import SearchResult
 from autocomp.policy import Policy, Recipe
 from autocomp.results import TrialResult
-from autocomp.study.run import Run, write_atomic
+from autocomp.storage import write_atomic
+from autocomp.study.run import Run
 from autocomp.study.workbench import Workbench
 
 __all__ = ["ShippedPolicy", "ship", "write_model", "write_table"]
@@ -38,6 +39,7 @@ class ShippedPolicy:
         scales: quantized value -> scale and zero point.
         settings: of the search that decide which images the splits hold and how they are normalised.
         onnx_sha256: of the shipped ``model.onnx``.
+        training: recipe of the fine-tuning, which nothing rebuilds without training again; None where there was none.
     """
 
     policy: Policy
@@ -49,6 +51,7 @@ class ShippedPolicy:
     scales: Mapping[str, Mapping[str, float]] | None = None
     settings: Mapping[str, Any] | None = None
     onnx_sha256: str | None = None
+    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -62,6 +65,7 @@ class ShippedPolicy:
             "scales": dict(self.scales or {}),
             "settings": dict(self.settings or {}),
             "onnx_sha256": self.onnx_sha256,
+            "training": None if self.training is None else dict(self.training),
         }
 
     @classmethod
@@ -81,7 +85,7 @@ class ShippedPolicy:
             raise InputError(f"{path} is no policy: give the policy.json of a run")
         if "policy" not in data:
             return cls(Policy.from_json(data), Recipe())
-        fields = {key: data.get(key) for key in ("model", "data", "onnx_sha256")}
+        fields = {key: data.get(key) for key in ("model", "data", "onnx_sha256", "training")}
         for key in ("digests", "kept", "scales", "settings"):
             fields[key] = data.get(key) or {}
             if not isinstance(fields[key], dict):
@@ -89,8 +93,14 @@ class ShippedPolicy:
         return cls(Policy.from_json(data["policy"]), Recipe.from_json(data.get("recipe", {})), **fields)
 
 
-def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> ShippedPolicy:
-    """Write ``model.onnx``, ``weights.safetensors`` (float32, pruned shapes) and ``policy.json``."""
+def write_model(
+    bench: Workbench, compressed: Compressed, folder: Path, training: Mapping[str, Any] | None = None
+) -> ShippedPolicy:
+    """Write ``model.onnx``, ``weights.safetensors`` (float32, pruned shapes) and ``policy.json``.
+
+    Args:
+        training: recipe of the fine-tuning behind the weights.
+    """
     onnx = bench.emitter.emit(compressed)
     shipped = ShippedPolicy(
         policy=compressed.policy,
@@ -102,6 +112,7 @@ def write_model(bench: Workbench, compressed: Compressed, folder: Path) -> Shipp
         scales={value: params.to_json() for value, params in compressed.params.items()},
         settings={name: value for name, value in bench.config.to_json().items() if name in SETTINGS},
         onnx_sha256=hashlib.sha256(onnx).hexdigest(),
+        training=training,
     )
     write_atomic(folder / "model.onnx", onnx)
     write_atomic(folder / "weights.safetensors", save_tensors(dict(compressed.tensors)))

@@ -8,8 +8,9 @@ from pathlib import Path
 from autocomp.errors import InfeasibleError, RunError
 from autocomp.outcome import Observer, SearchResult
 from autocomp.results import TrialResult
+from autocomp.storage import storage_errors
 from autocomp.study.artefacts import write_table
-from autocomp.study.run import Manifest, Run, storage_errors
+from autocomp.study.run import Manifest, Run
 from autocomp.study.search import Prologue, search
 from autocomp.study.workbench import Workbench, package_versions
 

@@ -13,7 +13,8 @@ from autocomp.errors import BudgetError, RunError
 from autocomp.outcome import SearchResult
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
-from autocomp.study.run import read_manifest, write_atomic
+from autocomp.storage import write_atomic
+from autocomp.study.run import read_manifest
 from autocomp.study.trial import Limits
 
 __all__ = [

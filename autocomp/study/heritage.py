@@ -10,7 +10,8 @@ from autocomp.errors import RunError
 from autocomp.outcome import Note, Observer
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
-from autocomp.study.run import Run, read_manifest, write_atomic
+from autocomp.storage import write_atomic
+from autocomp.study.run import Run, read_manifest
 from autocomp.study.study import FixedList, Plan
 from autocomp.study.workbench import Workbench
 

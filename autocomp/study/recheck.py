@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autocomp.budget import Budget
 from autocomp.config import SearchConfig
 from autocomp.data import load_data
-from autocomp.engines import device_lock, initializer_bytes, make_backend
+from autocomp.engines import BackendSpec, device_lock, initializer_bytes, make_backend
 from autocomp.errors import ConfigError, DataError, RunError
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult
 from autocomp.protocols import Backend
@@ -22,7 +23,7 @@ from autocomp.study.trial import Limits
 from autocomp.study.verify import Verdict, admit, reference_latency, statistics_of, verification_protocol
 from autocomp.study.workbench import backend_spec
 
-__all__ = ["Verification", "verify_run"]
+__all__ = ["ENTRY", "Verification", "admit_here", "refuse_estimates", "shipped_files", "verify_run"]
 
 ENTRY = "verification"
 """Kind of the journal's entries."""
@@ -76,11 +77,8 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
     best = result.best
     if best is None:
         raise RunError(f"{run.folder} shipped no model: there is nothing to verify")
-    if config.engine == "simulated":
-        raise ConfigError(
-            "the engine simulated only estimates, its runs cannot be verified: search with another --engine"
-        )
-    onnx, reference = _shipped(run.folder)
+    refuse_estimates(config)
+    onnx, reference = shipped_files(run.folder)
     spec = replace(backend_spec(config), hardware=None)
     backend = make_backend(spec)
     device = backend.device.to_json()
@@ -89,14 +87,9 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
         observer(Note(f"the run is for {run.manifest.device.get('name')}: the verdict is about {device['name']} alone"))
     before = [entry for entry in run.entries(ENTRY) if entry["device"] == device]
     confidence = 1 - 0.05 / (1 + len(before))
-    observer(Phase("verify"))
-    with backend.build(reference) as usual, device_lock(backend.device):
-        usual_ms = quiet_ms(usual)
-    if not result.predicted and run.manifest.device == device and result.reference.latency is not None:
-        usual_ms = min(usual_ms, result.reference.latency.reference_ms.value)
-    limits = Limits(result.budgets, {"p50": usual_ms}, result.reference.macs, initializer_bytes(reference))
-    protocol = verification_protocol(statistics_of(result.budgets))
-    verdict = admit(onnx, reference, spec, backend, limits, best.macs, confidence, protocol, Patience(observer))
+    measured_here = not result.predicted and run.manifest.device == device
+    rows = (best, result.reference if measured_here else replace(result.reference, latency=None))
+    verdict = admit_here(onnx, reference, spec, backend, result.budgets, rows, confidence, observer)
     run.record(
         ENTRY, admitted=verdict.admitted, reason=verdict.reason, latency=verdict.latency.to_json(),
         size_bytes=verdict.size_bytes, confidence=confidence, device=device,
@@ -110,8 +103,46 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
     return Verification(verdict, confidence, device, result, changed)
 
 
-def _shipped(folder: Path) -> tuple[bytes, bytes]:
-    """The shipped model and the uncompressed one."""
+def refuse_estimates(config: SearchConfig) -> None:
+    """Raises: ConfigError if nothing that the configured engine says can be verified."""
+    if config.engine == "simulated":
+        raise ConfigError(
+            "the engine simulated only estimates, its runs cannot be verified: search with another --engine"
+        )
+
+
+def admit_here(
+    onnx: bytes,
+    reference: bytes,
+    spec: BackendSpec,
+    backend: Backend,
+    budgets: Sequence[Budget],
+    rows: tuple[Contender, Contender],
+    confidence: float,
+    observer: Observer,
+) -> Verdict:
+    """Measure a shipped model beside the uncompressed one on fresh engines, and judge its budgets.
+
+    Args:
+        rows: of the model and of the uncompressed one; the latter with a latency where it was measured on this device.
+    """
+    best, base = rows
+    observer(Phase("verify"))
+    with backend.build(reference) as usual, device_lock(backend.device):
+        usual_ms = quiet_ms(usual)
+    if base.latency is not None:
+        usual_ms = min(usual_ms, base.latency.reference_ms.value)
+    limits = Limits(tuple(budgets), {"p50": usual_ms}, base.macs, initializer_bytes(reference))
+    protocol = verification_protocol(statistics_of(budgets))
+    return admit(onnx, reference, spec, backend, limits, best.macs, confidence, protocol, Patience(observer))
+
+
+def shipped_files(folder: Path) -> tuple[bytes, bytes]:
+    """The shipped model and the uncompressed one of a run.
+
+    Raises:
+        RunError: one is missing, or is not what the run shipped.
+    """
     try:
         onnx, reference = ((folder / name).read_bytes() for name in ("model.onnx", "reference.onnx"))
         digest = json.loads((folder / "policy.json").read_text())["onnx_sha256"]

@@ -5,22 +5,19 @@ import fcntl
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import IO, Any, Self
 
 from autocomp.errors import RunError
+from autocomp.storage import storage_errors, write_atomic
 
-__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken", "storage_errors", "write_atomic"]
+__all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken"]
 
 FORMAT = 1
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "journal.jsonl", ".lock"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,37 +59,6 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(**data)
-
-
-@contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise RunError(f"no space left to write {path}: free some and go on with 'autocomp resume'") from error
-        if error.errno in _READ_ONLY:
-            raise RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from error
-        raise
-
-
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace a file as a whole: a reader, or a kill, sees the old content or the new one."""
-    raw = data.encode() if isinstance(data, str) else data
-    with storage_errors(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o644)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -15,7 +15,7 @@ from autocomp.outcome import Observer, Phase, Step
 from autocomp.policy import FP32, Policy, Precision, Recipe, digest_of
 from autocomp.quantization import place
 from autocomp.space import Decision
-from autocomp.study.run import write_atomic
+from autocomp.storage import write_atomic
 from autocomp.study.sensitivity import FORMAT, Choice, Kind, Sensitivity, SensitivityRow, read, stored_bytes
 from autocomp.study.workbench import Workbench, first_images, package_versions
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from autocomp.errors import RunError
-from autocomp.study.run import Manifest, Run, read_manifest, write_atomic
+from autocomp.storage import write_atomic
+from autocomp.study.run import Manifest, Run, read_manifest
 
 MANIFEST = Manifest("0.1.0", {"model": "zoo:resnet8"}, ["autocomp"], {"torch": "2"}, {"name": "cpu"}, {"weights": "w"})
 

@@ -1,6 +1,7 @@
 """A typed ONNX file as a torch module, operator by operator."""
 
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -183,7 +184,7 @@ def _mean(inputs: list[Any], attributes: Attributes) -> Tensor:
 
 def _flatten(inputs: list[Any], attributes: Attributes) -> Tensor:
     value, axis = inputs[0], attributes.get("axis", 1)
-    result: Tensor = value.reshape(int(np.prod(value.shape[:axis])), -1)
+    result: Tensor = value.reshape(prod(value.shape[:axis]), -1)
     return result
 
 

@@ -1,4 +1,4 @@
-"""What a program calls; the command line calls the same functions."""
+"""Searches: begun, gone on with, over a front of budgets, for another engine."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,49 +8,24 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from autocomp.api.common import LIVE, silent
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend, open_engine
-from autocomp.errors import AutocompError, ConfigError, EngineError, InfeasibleError, InputError, RunError
+from autocomp.errors import ConfigError, InfeasibleError, RunError
 from autocomp.models import LoadedModel, wrap_model
-from autocomp.outcome import Event, Note, Observer, SearchResult
-from autocomp.report import write_front_report, write_report, write_sensitivity
-from autocomp.results import LatencyEstimate, TrialResult
-from autocomp.study.artefacts import ShippedPolicy, write_model
-from autocomp.study.build_profile import build_profile
+from autocomp.outcome import Note, Observer, SearchResult
+from autocomp.report import write_front_report, write_report
+from autocomp.results import TrialResult
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
-from autocomp.study.profiles import check_profile, predict_policy
-from autocomp.study.recheck import Verification, verify_run
-from autocomp.study.run import Run, read_manifest, refuse_taken, storage_errors
+from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
-from autocomp.study.sensitivity import Sensitivity
-from autocomp.study.sweep import THOROUGH, obtain
-from autocomp.study.verify import verification_protocol
 from autocomp.study.workbench import Workbench, package_versions, prepare
 
-__all__ = [
-    "Interrupted",
-    "apply_policy",
-    "build_profile",
-    "check_profile",
-    "load_result",
-    "measure",
-    "predict_policy",
-    "resume",
-    "retarget",
-    "run_front",
-    "run_search",
-    "run_sensitivity",
-    "search",
-    "verify",
-]
-
-LIVE = "object:"
-"""Marks a configuration whose model or data was a live object."""
+__all__ = ["load_result", "resume", "retarget", "run_front", "run_search", "search"]
 
 
 def search(
@@ -107,7 +82,7 @@ def run_search(
     """
     if config.front:
         raise ConfigError("a front is several searches: call run_front, or leave front out")
-    watch = observer or _silent
+    watch = observer or silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
@@ -124,7 +99,7 @@ def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
         InputError: as `search`; or the folder holds runs of other settings.
         Interrupted: the user stopped it.
     """
-    watch = observer or _silent
+    watch = observer or silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     configs = front_configs(config, folder)
     refuse_other_settings(configs)
@@ -191,7 +166,7 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
     config = SearchConfig.from_json(manifest.config)
     if config.model.startswith(LIVE) or config.data.startswith(LIVE):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
-    watch = observer or _silent
+    watch = observer or silent
     with Run.open(run) as opened:
         try:
             bench = prepare(config, watch)
@@ -239,7 +214,7 @@ def retarget(
         InputError: the folder is no run or of live objects, or nothing is to change; also as `search`.
         InfeasibleError: as `search`.
     """
-    watch = observer or _silent
+    watch = observer or silent
     manifest = read_manifest(run)
     old = SearchConfig.from_json(manifest.config)
     if old.model.startswith(LIVE) or old.data.startswith(LIVE):
@@ -256,117 +231,9 @@ def retarget(
         return _conduct(bench, prologue, opened, watch)
 
 
-def verify(run: Path, observer: Observer | None = None) -> Verification:
-    """Measure what a run shipped again, on fresh engines in fresh processes on this device, and judge its budgets.
-
-    Needs the run's folder and its engine, neither model nor data. A run that was predicted for this device becomes a
-    measured one, and its report is written anew.
-
-    Raises:
-        RunError: the folder is no finished run, or not whole.
-        InputError: its engine is not here, or only estimates.
-    """
-    result = load_result(run)
-    with Run.open(run) as opened:
-        found = verify_run(opened, result, observer or _silent)
-    if found.changed:
-        write_report(found.result, run)
-    return found
-
-
-def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
-    """Rebuild a compressed model from its policy, the original weights and the calibration data.
-
-    Writes ``model.onnx``, ``weights.safetensors`` and ``policy.json`` into ``out``. With the weights, data and engine
-    numerics named in a run's ``policy.json`` the ONNX is the run's, bit for bit.
-
-    Raises:
-        InputError: the policy does not fit the model, or weights or data are not those it was made with.
-    """
-    shipped = ShippedPolicy.read(policy)
-    _refuse_filled(out)
-    if shipped.settings:
-        config = SearchConfig.from_json({**config.to_json(), **shipped.settings})
-    bench = prepare(config, _silent, recipe=shipped.recipe if shipped.digests else None)
-    for name, digest in (shipped.digests or {}).items():
-        if bench.digests.get(name) != digest:
-            raise InputError(
-                f"the {name} differ from those the policy was made with: give the same --model, --weights and --data "
-                f"(it names model {shipped.model}, data {shipped.data})"
-            )
-    bench.traced.graph.validate(shipped.policy)
-    bench.backend.capabilities().validate(shipped.policy)
-    out.mkdir(parents=True, exist_ok=True)
-    written = write_model(bench, bench.emitter.finish(bench.traced.graph.normalise(shipped.policy)), out)
-    if shipped.onnx_sha256 not in (None, written.onnx_sha256):
-        raise AutocompError(
-            f"{out / 'model.onnx'} is not the file that was measured: torch or onnx differ from the run's; see the "
-            "versions in its manifest.json"
-        )
-    return out
-
-
-def run_sensitivity(config: SearchConfig, observer: Observer | None = None) -> tuple[Sensitivity, Path]:
-    """Measure what every single choice of the space does to a model, or find it in the user's cache.
-
-    Returns:
-        what was measured, and the folder with ``sensitivity.csv``, ``sensitivity.json`` and ``sensitivity.png``.
-
-    Raises:
-        InputError: something given does not fit; the message says what to change.
-    """
-    watch = observer or _silent
-    folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now(), "sensitivity")
-    _refuse_filled(folder)
-    bench = prepare(config, watch)
-    for text in bench.notes:
-        watch(Note(text))
-    if not bench.splits.labelled:
-        watch(Note(f"{bench.splits.source} is no real data: what is found there says little about real images"))
-    sensitivity = obtain(bench, THOROUGH, watch)
-    with storage_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_sensitivity(sensitivity, folder)
-    return sensitivity, folder
-
-
-def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statistic: str = "p50") -> LatencyEstimate:
-    """Time an ONNX file under the verification protocol, in this process.
-
-    Args:
-        reference: another file to interleave with and to give the ratio to; the file itself where None.
-
-    Raises:
-        InputError: a file is missing, or the runtime refuses it.
-    """
-    files = [onnx, reference or onnx]
-    for path in files:
-        if not path.is_file():
-            raise InputError(f"no file {path}: give an ONNX model")
-    backend = make_backend(spec)
-    protocol = verification_protocol((statistic,), builds=1, blocks=30)
-    try:
-        engines = [open_engine(backend, path) for path in files]
-    except EngineError as error:
-        raise InputError(str(error)) from error
-    with engines[0] as candidate, engines[1] as other:
-        with device_lock(backend.device):
-            timing = compare(candidate, other, protocol)
-        return estimate(timing, statistic)
-
-
-def _refuse_filled(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already and is not empty: choose another --out")
-
-
 def _conduct(
     bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
 ) -> SearchResult:
     result = conduct(bench, prologue, run, observer, earlier)
     write_report(result, run.folder)
     return result
-
-
-def _silent(event: Event) -> None:
-    del event

@@ -1,0 +1,28 @@
+"""What a program calls; the command line calls the same functions."""
+
+from autocomp.api.delivering import apply_policy, export, finetune, verify, verify_shipped
+from autocomp.api.measuring import measure, run_sensitivity
+from autocomp.api.searching import load_result, resume, retarget, run_front, run_search, search
+from autocomp.study.build_profile import build_profile
+from autocomp.study.conduct import Interrupted
+from autocomp.study.profiles import check_profile, predict_policy
+
+__all__ = [
+    "Interrupted",
+    "apply_policy",
+    "build_profile",
+    "check_profile",
+    "export",
+    "finetune",
+    "load_result",
+    "measure",
+    "predict_policy",
+    "resume",
+    "retarget",
+    "run_front",
+    "run_search",
+    "run_sensitivity",
+    "search",
+    "verify",
+    "verify_shipped",
+]

@@ -1,0 +1,21 @@
+"""What the functions of this room share."""
+
+from pathlib import Path
+
+from autocomp.errors import InputError
+from autocomp.outcome import Event
+
+__all__ = ["LIVE", "refuse_filled", "silent"]
+
+
+LIVE = "object:"
+"""Marks a configuration whose model or data was a live object."""
+
+
+def silent(event: Event) -> None:
+    del event
+
+
+def refuse_filled(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already and is not empty: choose another --out")

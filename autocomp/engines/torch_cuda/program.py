@@ -1,0 +1,27 @@
+"""A typed ONNX file as a program of PyTorch's own format."""
+
+import io
+
+import torch
+
+from autocomp.engines.onnx_graph import parse
+from autocomp.engines.torch_cuda.onnx_module import OnnxModule
+
+__all__ = ["exported_program"]
+
+
+def exported_program(onnx: bytes) -> bytes:
+    """A ``.pt2`` file, for ``torch.export.load``, that computes what the file says: any batch, weights in their types.
+
+    Raises:
+        EngineError: no ONNX model, or an operator that torch does not know under ONNX's name.
+    """
+    (value,) = parse(onnx).graph.input
+    shape = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim][1:]
+    # Weights in rows: the file's writer takes strided ones for parts of others. Two images: torch takes a size of 1 for
+    # one that never changes.
+    module = OnnxModule(onnx).to(memory_format=torch.contiguous_format).eval()
+    program = torch.export.export(module, (torch.zeros(2, *shape),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    return file.getvalue()

@@ -1,0 +1,69 @@
+"""``card.md`` of a shipped folder: its claims for readers."""
+
+import json
+
+from autocomp.outcome import Contender
+from autocomp.report.tables import ABSENT, LABELS, macs, markdown_table, megabytes, milliseconds, percent
+from autocomp.study.card import Card, DataCard
+
+__all__ = ["render_card"]
+
+
+def render_card(card: Card) -> str:
+    """The card's text; `card.json` holds the same for programs."""
+    model, asked = card.model, " and ".join(map(str, card.budgets))
+    if card.predicted:
+        claim = f"Predicted, an estimate for {asked}: no latency was measured."
+    elif card.verified:
+        claim = f"Verified: within {asked} on fresh engines, at the upper confidence bound."
+    else:
+        claim = f"Not verified{f' ({model.note})' if model.note else ''}: for {asked}."
+    settings = {name: card.config.get(name) for name in ("engine", "threads", "batch", "seed")}
+    batch = "1, or 32 for the default job" if settings["batch"] is None else settings["batch"]
+    sections = [
+        f"# {card.config.get('model')}, compressed\n\n{claim}",
+        "## Model\n\n" + markdown_table(
+            ("", "latency, ms", "ratio", "accuracy", "change, points", "MACs", "size"),
+            [_row(card.reference), _row(model)],
+        ),
+        f"Accuracy is the engine's, {_images(card.data)}.",
+        f"## Device\n\n{card.device.get('name')}, {card.device.get('engine')}: {card.device.get('details')}; "
+        f"threads {settings['threads']}, batch {batch}.",
+        f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
+        "## Policy\n\n```json\n" + json.dumps(model.policy.to_json(), indent=2) + "\n```",
+        "## Made by\n\n```console\n$ " + " ".join(card.command) + "\n```\n\n"
+        + ", ".join(f"{name} {version}" for name, version in card.versions.items()) + ".",
+        "## Files\n\n" + markdown_table(
+            ("file", "SHA-256"), [(name, digest) for name, digest in card.files.items()]
+        ),
+        "`autocomp verify` on this folder measures and scores the model again, and says which of this no longer holds.",
+    ]  # fmt: skip
+    if card.notes:
+        sections.insert(3, "## Notes\n\n" + "\n".join(f"- {note}" for note in card.notes))
+    return "\n\n".join(sections) + "\n"
+
+
+def _row(row: Contender) -> tuple[str, ...]:
+    latency, delta = row.latency, row.test_delta
+    ratio = None if latency is None else latency.ratio
+    return (
+        "shipped" if row.role == "best" else LABELS[row.role],
+        ABSENT if latency is None else f"{latency.statistic} {milliseconds(latency.latency_ms).line}",
+        ABSENT if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+        percent(row.test_accuracy),
+        ABSENT if delta is None else f"{100 * delta.value:+.2f} ({100 * delta.low:+.2f} to {100 * delta.high:+.2f})",
+        macs(row.macs),
+        megabytes(row.size_bytes),
+    )
+
+
+def _images(data: DataCard) -> str:
+    return "over all test images" if data.test_images is None else f"over all {data.test_images} test images"
+
+
+def _input(data: DataCard) -> str:
+    if data.mean is None or data.std is None:
+        return "Images go in as the dataset gives them."
+    size = "" if data.size is None else f", {data.size} pixels a side"
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
+    return f"Images go in as (pixel / 255 - mean) / std{size}; mean {mean}; std {std}."

@@ -1,0 +1,58 @@
+"""What training needs to go on from a step as if it had never stopped."""
+
+import io
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autocomp.errors import RunError
+from autocomp.storage import write_atomic
+
+__all__ = ["State", "load", "save"]
+
+
+@dataclass(frozen=True)
+class State:
+    """Training after some steps. Nothing else varies: order and augmentation follow from the seed and the step.
+
+    Attributes:
+        key: of all that training depends on; a state of another key is of no use.
+        step: steps done.
+        weights, average: parameter -> tensor.
+        optimizer: its own state.
+        losses: mean of each finished epoch, and sum and steps of the one under way.
+    """
+
+    key: str
+    step: int
+    weights: Mapping[str, Tensor]
+    average: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+    losses: tuple[tuple[float, ...], float, int]
+
+
+def save(state: State, path: Path) -> None:
+    """Replace the file as a whole: a kill leaves the one before."""
+    file = io.BytesIO()
+    torch.save({name: getattr(state, name) for name in state.__dataclass_fields__}, file)
+    write_atomic(path, file.getvalue())
+
+
+def load(path: Path, key: str) -> State | None:
+    """The state kept under ``key``; None where there is none, or one of something else.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        state = State(**torch.load(path, weights_only=True))
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise RunError(f"{path} is no checkpoint of training: remove it to begin again") from error
+    return state if state.key == key else None

@@ -1,0 +1,103 @@
+"""How a model is trained."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import cos, isfinite, pi
+from typing import Any, Literal, Self, get_args
+
+from autocomp.errors import ConfigError
+from autocomp.policy import digest_of
+
+__all__ = ["TrainingRecipe"]
+
+Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["cosine", "one_cycle"]
+START = 0.04
+"""One-cycle begins at this fraction of the peak (Smith and Topin, arXiv:1708.07120, as fastai and PyTorch have it)."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecipe:
+    """Everything that training depends on beside model and images; equal recipes give equal weights on one machine.
+
+    Attributes:
+        epochs: over the training images.
+        lr: the highest learning rate.
+        batch: images a step; the last of an epoch may have fewer.
+        optimizer: ``sgd`` with Nesterov's momentum, or ``adamw``.
+        momentum: of SGD.
+        weight_decay: of weights, not of biases; AdamW's is decoupled.
+        schedule: ``cosine`` falls from the highest rate to 0; ``one_cycle`` rises in a half cosine during warm-up, then
+            falls to 0 in another.
+        warmup: fraction of all steps during which the rate rises; linearly before ``cosine``.
+        label_smoothing: probability spread over all classes (Szegedy et al., arXiv:1512.00567, section 7).
+        ema: decay of the average over weights that is returned; less in the first steps, 0 for the last weights.
+        clip: largest L2 norm of all gradients together.
+        crop: pixels of zero padding, in normalised images, before a crop at random; 0 for none.
+        flip: probability of a horizontal flip.
+        temperature, distillation: of the softmax, and weight of the teacher's part of the loss, in [0, 1] (Hinton et
+            al., arXiv:1503.02531, section 2).
+        seed: of the images' order and their augmentation.
+    """
+
+    epochs: int = 5
+    lr: float = 0.01
+    batch: int = 128
+    optimizer: Optimizer = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Schedule = "cosine"
+    warmup: float = 0.05
+    label_smoothing: float = 0.0
+    ema: float = 0.998
+    clip: float = 1.0
+    crop: int = 4
+    flip: float = 0.5
+    temperature: float = 4.0
+    distillation: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("lr", "clip", "temperature"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ConfigError(f"{name} must be a positive number, not {getattr(self, name)}")
+        for name in ("warmup", "label_smoothing", "flip", "distillation"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name)}")
+        for name in ("ema", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("crop", "weight_decay", "seed"):
+            if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ConfigError(f"{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        for name, known in (("optimizer", Optimizer), ("schedule", Schedule)):
+            if getattr(self, name) not in get_args(known):
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(get_args(known))}")
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0, of ``steps``."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            part = (step + 1) / (rising + 1)
+            if self.schedule == "one_cycle":
+                return self.lr * (START + (1 - START) * (1 - cos(pi * part)) / 2)
+            return self.lr * part
+        return self.lr * (1 + cos(pi * (step - rising) / max(steps - rising, 1))) / 2
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises: ConfigError if the data is no recipe."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ConfigError(f"this is no recipe of training ({error})") from error

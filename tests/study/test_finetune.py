@@ -1,0 +1,163 @@
+"""A finished run fine-tuned: what changes in its folder, what does not, and what is refused."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load, save
+
+from autocomp import api
+from autocomp.config import SearchConfig
+from autocomp.data.arrays import ArraySplit
+from autocomp.data.preprocess import IMAGENET
+from autocomp.engines import structure_digest
+from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.outcome import Phase, Step
+from autocomp.study.run import Run
+from autocomp.study.verify import Verdict
+from autocomp.train import TrainingRecipe, finetune
+from tests.study import tiny
+
+FEW = {"calibration_images": 100, "search_images": 100, "selection_images": 200}
+GENTLE = {"epochs": 6, "lr": 0.05, "flip": 0.0, "crop": 0, "distillation": 0.1}
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small trained network, pruned hard; its latency is an estimate."""
+    folder = tmp_path_factory.mktemp("finetune")
+    train, test = tiny.images(900, 0), tiny.images(400, 1)
+    np.savez(folder / "images.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
+    images = ArraySplit(*train, np.arange(900), IMAGENET, "tiny")
+    recipe = TrainingRecipe(epochs=3, lr=0.05, batch=64, crop=0, flip=0.0)  # not to its end
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = tiny.model()
+    trained = finetune(network, None, images, recipe, lambda event: None)
+    (folder / "weights.safetensors").write_bytes(save(dict(trained.tensors)))
+    config = SearchConfig(
+        model="tests.study.tiny:model", weights=str(folder / "weights.safetensors"), data=f"npz:{folder}/images.npz",
+        budget=("0.4xMACs",), engine="simulated", batch=256, trials=4, baseline_trials=0, finalists=1,
+        out=str(folder / "run"),
+        **FEW,
+    )  # fmt: skip
+    result = api.run_search(config)
+    assert result.best is not None
+    return folder / "run"
+
+
+@pytest.fixture
+def run(searched: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(searched, tmp_path / "run"))
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "journal.jsonl"}
+
+
+def accuracy(run: Path) -> float:
+    pixels, labels = tiny.images(400, 1)
+    options = onnxruntime.SessionOptions()  # nothing fused: the described device's int8, whatever this processor's
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(run / "model.onnx", options, providers=["CPUExecutionProvider"])
+    mean, std = np.float32(IMAGENET.mean), np.float32(IMAGENET.std)
+    (logits,) = session.run(None, {"input": ((pixels / np.float32(255) - mean) / std).transpose(0, 3, 1, 2)})
+    return float((logits.argmax(axis=1) == labels).mean())
+
+
+def test_a_better_model_takes_the_runs_place(run: Path) -> None:
+    before, files = api.load_result(run), contents(run)
+    events: list[Any] = []
+    found = api.finetune(run, GENTLE, events.append)
+    assert found.replaced and found.reason is None and len(found.losses) == 6 and found.losses[-1] < found.losses[0]
+    (phase,) = [event for event in events if isinstance(event, Phase) and event.name == "finetune"]
+    assert phase.total == sum(isinstance(event, Step) for event in events)
+    now = api.load_result(run)
+    assert now.best is not None and before.best is not None and now.best == found.result.best
+    assert now.best.policy == before.best.policy and now.best.size_bytes == before.best.size_bytes
+    assert now.best.test_accuracy is not None and before.best.test_accuracy is not None
+    assert found.change is not None and found.change.value > 0
+    assert now.best.test_accuracy - before.best.test_accuracy == pytest.approx(found.change.value)
+    assert now.best.test_accuracy == pytest.approx(accuracy(run), abs=0.01)
+    assert now.predicted and not now.verified  # the engine only estimates
+    model, shipped = (run / "model.onnx").read_bytes(), json.loads((run / "policy.json").read_text())
+    assert shipped["onnx_sha256"] == hashlib.sha256(model).hexdigest()
+    assert shipped["training"]["epochs"] == 6 and shipped["training"]["lr"] == 0.05
+    assert structure_digest(model) == structure_digest(files["model.onnx"]) and model != files["model.onnx"]
+    old, new = load(files["weights.safetensors"]), load((run / "weights.safetensors").read_bytes())
+    assert {n: a.shape for n, a in old.items()} == {n: a.shape for n, a in new.items()}
+    for path in (run / "untuned").iterdir():
+        assert path.read_bytes() == files[path.name]
+    assert not (run / "finetune.pt").exists() and "fine-tuned for 6 epochs" in (run / "report.md").read_text()
+    with pytest.raises(InputError, match="fine-tuned model, which only training makes"):
+        api.apply_policy(run / "policy.json", SearchConfig(), run / "applied")
+    card = api.export(run, ["onnx", "policy"], run / "shipped")
+    assert card.model.test_accuracy == now.best.test_accuracy
+
+
+def test_a_worse_one_does_not(run: Path) -> None:
+    before = contents(run)
+    found = api.finetune(run, {**GENTLE, "epochs": 1, "lr": 20.0})
+    assert not found.replaced and "on the selection split it reaches" in (found.reason or "") and found.change is None
+    (entry,) = [entry for entry in Run.entries_of(run) if entry["kind"] == "finetune"]
+    assert entry["reason"] == found.reason and entry["after"] < entry["before"]
+    assert {name: data for name, data in contents(run).items() if name != "finetune.pt"} == before
+
+
+def test_a_verified_run_keeps_its_budgets_or_its_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = json.loads((run / "result.json").read_text())
+    stored["best"]["verified"] = True
+    (run / "result.json").write_text(json.dumps(stored))
+    before, asked = contents(run), []
+    best = api.load_result(run).best
+    assert best is not None and best.latency is not None
+
+    def admit(*arguments: Any) -> Verdict:
+        asked.append(arguments[6])
+        return Verdict(len(asked) > 1, replace(best.latency, samples=7), 4000, None if len(asked) > 1 else "too slow")
+
+    monkeypatch.setattr("autocomp.study.finetune.admit_here", admit)
+    found = api.finetune(run, GENTLE)
+    assert not found.replaced and found.reason == "too slow"
+    assert {name: data for name, data in contents(run).items() if name != "finetune.pt"} == before
+    events: list[Any] = []
+    again = api.finetune(run, GENTLE, events.append)
+    assert again.replaced and again.losses == found.losses and not any(isinstance(event, Step) for event in events)
+    assert asked == pytest.approx([0.95, 0.975])
+    assert again.result.best is not None and again.result.best.latency == replace(best.latency, samples=7)
+
+
+def test_without_training_images_the_run_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = api.prepare
+
+    def without(*arguments: Any) -> Any:
+        bench = prepare(*arguments)
+        return replace(bench, splits=replace(bench.splits, train=None))
+
+    monkeypatch.setattr(api, "prepare", without)
+    before = contents(run)
+    with pytest.raises(DataError, match="no training images: the run stays as it is, quantized after training alone"):
+        api.finetune(run, GENTLE)
+    assert contents(run) == before
+
+
+def test_what_cannot_be_fine_tuned_is_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lr must be a positive number"):
+        api.finetune(run, {"lr": -1.0})
+    weights = Path(json.loads((run / "manifest.json").read_text())["config"]["weights"])
+    manifest = (run / "manifest.json").read_text()
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(save({name: 2 * array for name, array in load(weights.read_bytes()).items()}))
+    (run / "manifest.json").write_text(manifest.replace(str(weights), str(other)))
+    with pytest.raises(RunError, match="the weights changed"):
+        api.finetune(run, GENTLE)
+    (run / "manifest.json").write_text(manifest.replace("tests.study.tiny:model", "object:Net"))
+    with pytest.raises(RunError, match="live objects"):
+        api.finetune(run, GENTLE)

@@ -1,0 +1,193 @@
+"""What `export` writes, and what `verify` says of it: claims that hold, claims that do not, files changed by hand."""
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from safetensors.numpy import load
+
+from autocomp.api import export, verify_shipped
+from autocomp.data import DataOptions, load_data
+from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.study.card import Card
+from tests.engines.conftest import Case
+from tests.study.conftest import HERE, Make
+
+ALL = ("onnx", "torch", "policy")
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+
+@dataclass(frozen=True)
+class Images:
+    """A file of 16x16 images, with its digest and the run's model's accuracy on its test part, by hand."""
+
+    spec: str
+    digest: str
+    accuracy: float
+
+
+@pytest.fixture
+def images(tmp_path: Path, make: Make) -> Images:
+    draw = np.random.default_rng(0)
+    pixels = draw.integers(0, 256, (400, 16, 16, 3), np.uint8)
+    labels = draw.integers(0, 10, 400)
+    folder = make(predicted=False)
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    ready = ((pixels[200:] / np.float32(255) - MEAN) / STD).transpose(0, 3, 1, 2)
+    (logits,) = session.run(None, {"input": ready})
+    labels[200:] = np.where(np.arange(200) < 150, logits.argmax(axis=1), labels[200:])
+    for file in sorted(folder.iterdir()):
+        file.unlink()
+    path = tmp_path / "images.npz"
+    np.savez(path, x_train=pixels[:200], y_train=labels[:200] % 10, x_test=pixels[200:], y_test=labels[200:])
+    spec = f"npz:{path}"
+    digest = load_data(spec, DataOptions(calibration=40, search=40, selection=40)).digest
+    return Images(spec, digest, float((logits.argmax(axis=1) == labels[200:]).mean()))
+
+
+@pytest.fixture
+def shipped(make: Make, images: Images, tmp_path: Path) -> Path:
+    run = make(predicted=False, data=images.spec, data_digest=images.digest, accuracy=images.accuracy)
+    export(run, ["onnx", "policy"], tmp_path / "shipped")
+    return tmp_path / "shipped"
+
+
+def test_the_files_are_the_runs_and_the_card_says_so(make: Make, images: Images, model: Case, tmp_path: Path) -> None:
+    run = make(predicted=False, data=images.spec, data_digest=images.digest, accuracy=images.accuracy)
+    shipped = tmp_path / "shipped"
+    export(run, ALL, shipped)
+    card = json.loads((shipped / "card.json").read_text())
+    names = {
+        "model.onnx", "reference.onnx", "model.pt2", "weights.safetensors", "policy.json", "scales.json", "card.md"
+    }  # fmt: skip
+    assert card["files"].keys() == names == {path.name for path in shipped.iterdir()} - {"card.json"}
+    for name, digest in card["files"].items():
+        assert hashlib.sha256((shipped / name).read_bytes()).hexdigest() == digest, name
+    assert (shipped / "model.onnx").read_bytes() == (run / "model.onnx").read_bytes()
+    kinds = {t.name: (t.data_type, list(t.dims)) for t in onnx.load(shipped / "model.onnx").graph.initializer}
+    (stem,) = [layer for layer in model.net.graph.layers if layer.name == "conv1"]
+    assert (onnx.TensorProto.INT8, list(stem.weight_shape)) in kinds.values()
+    (group, *_) = model.net.graph.groups
+    weights = load((shipped / "weights.safetensors").read_bytes())
+    assert all(weights[m.parameter].shape[m.axis] == group.channels // 2 for m in group.members)
+    assert json.loads((shipped / "scales.json").read_text()) == json.loads((run / "policy.json").read_text())["scales"]
+    assert card["data"] == {
+        "source": images.spec, "digest": images.digest, "test_images": 200, "size": None,
+        "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+    }  # fmt: skip
+    assert card["model"]["accuracy"]["test"] == images.accuracy and card["device"] == HERE
+    text = (shipped / "card.md").read_text()
+    for said in ("0.9x", "Not verified", f"{100 * images.accuracy:.2f} %", HERE["name"], "1.000 (0.900 to 1.100)"):
+        assert said in text, said
+    assert "autocomp search" in text and "torch 2" in text and card["files"]["model.pt2"] in text
+    program = torch.export.load(io.BytesIO((shipped / "model.pt2").read_bytes()))
+    assert any(tensor.dtype == torch.int8 for tensor in program.state_dict.values())
+    session = onnxruntime.InferenceSession(shipped / "model.onnx", providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        batch = np.random.default_rng(count).standard_normal((count, 3, 16, 16), np.float32)
+        (expected,) = session.run(None, {"input": batch})
+        found = program.module()(torch.from_numpy(batch)).detach().numpy()
+        assert np.abs(found - expected).max() < 0.03 * expected.std()  # a rounding tie may fall to either side
+
+
+def test_claims_that_hold(shipped: Path, images: Images, measured: Any) -> None:
+    measured(0.5)
+    found = verify_shipped(shipped)
+    assert found.holds and found.broken == () and found.accuracy == pytest.approx(images.accuracy)
+    assert found.verdict is not None and found.verdict.admitted and found.device == HERE
+    assert {path.name for path in shipped.iterdir()} == {*found.card.files, "card.json"}  # nothing was written
+
+
+def test_a_slower_engine_and_a_lost_accuracy_break_their_claims(
+    make: Make, images: Images, measured: Any, tmp_path: Path
+) -> None:
+    run = make(predicted=False, data=images.spec, data_digest=images.digest, accuracy=images.accuracy + 0.01)
+    export(run, ["onnx"], tmp_path / "shipped")
+    measured(0.95)
+    speed, accuracy = verify_shipped(tmp_path / "shipped").broken
+    assert "is over 0.9x" in speed
+    assert accuracy == (
+        f"the accuracy is {100 * images.accuracy:.2f} %, the card says {100 * images.accuracy + 1:.2f} %"
+    )
+
+
+def test_a_file_changed_by_hand_is_named_and_nothing_is_run(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocomp.study.shipped.make_backend", None)  # would fail
+    for name in [*Card.read(shipped)[0].files, "card.json"]:
+        path = shipped / name
+        whole = path.read_bytes()
+        path.write_bytes(whole.replace(b"0.9x", b"0.8x") if name == "card.json" else whole + b"\n")
+        found = verify_shipped(shipped)
+        assert found.broken == (f"{name} was changed after it was shipped",) and found.verdict is None
+        path.write_bytes(whole)
+    (shipped / "scales.json").unlink()
+    assert verify_shipped(shipped).broken == ("scales.json is missing",)
+
+
+def test_the_data_may_have_moved_but_must_be_the_cards(
+    shipped: Path, images: Images, measured: Any, tmp_path: Path
+) -> None:
+    measured(0.5)
+    here = tmp_path / "images.npz"
+    there = here.rename(tmp_path / "moved.npz")
+    with pytest.raises(DataError, match=r"cannot be checked .*images\.npz.* with --data"):
+        verify_shipped(shipped)
+    assert verify_shipped(shipped, f"npz:{there}").holds
+    with pytest.raises(DataError, match="digits is not the data of the card"):
+        verify_shipped(shipped, "digits")
+
+
+def test_without_its_data_a_run_ships_and_its_card_says_less(make: Make, tmp_path: Path) -> None:
+    export(make(predicted=True), ["onnx"], tmp_path / "shipped")
+    card, untouched = Card.read(tmp_path / "shipped")
+    assert untouched and card.data.test_images is None and card.data.mean is None and card.predicted
+    assert "Predicted, an estimate" in (tmp_path / "shipped" / "card.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "kind", "said"),
+    [
+        (["onnx", "tflite"], InputError, "unknown kind tflite in --to: use onnx, torch, policy, engine"),
+        ([], InputError, "unknown kind"),
+        (["onnx", "engine"], ConfigError, "onnxruntime keeps no engine files"),
+    ],
+)
+def test_what_cannot_be_shipped_leaves_no_folder(
+    make: Make, tmp_path: Path, kinds: list[str], kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        export(make(predicted=False), kinds, tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
+
+
+def test_a_run_that_is_not_whole_and_a_taken_folder_are_refused(make: Make, tmp_path: Path) -> None:
+    run = make(predicted=False)
+    with pytest.raises(InputError, match="not empty"):
+        export(run, ALL, run)
+    (run / "model.onnx").write_bytes(b"other")
+    with pytest.raises(RunError, match="not the file that the run shipped"):
+        export(run, ALL, tmp_path / "shipped")
+    with pytest.raises(RunError, match="no run folder"):
+        export(tmp_path, ALL, tmp_path / "shipped")
+
+
+def test_a_folder_that_cannot_be_verified_is_refused(make: Make, tmp_path: Path) -> None:
+    export(make(predicted=True, engine="simulated"), ["policy"], tmp_path / "shipped")
+    with pytest.raises(RunError, match="without ONNX"):
+        verify_shipped(tmp_path / "shipped")
+    (tmp_path / "shipped" / "card.json").write_text("{")
+    with pytest.raises(RunError, match=r"card\.json is damaged"):
+        verify_shipped(tmp_path / "shipped")
+    with pytest.raises(RunError, match="was not shipped"):
+        verify_shipped(tmp_path)
+    export(tmp_path / "run", ["onnx"], tmp_path / "estimated")
+    with pytest.raises(ConfigError, match="only estimates"):
+        verify_shipped(tmp_path / "estimated")
