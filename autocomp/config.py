@@ -51,7 +51,7 @@ class SearchConfig:
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
         seed: of every draw.
         executor: where trials run.
-        finetune_epochs: only 0 in this version.
+        finetune_epochs: only 0 in this version; ``autocomp finetune`` trains a finished run's model.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
         out: run folder; None for ``runs/<timestamp>-<model>-<budget>``.
@@ -98,7 +98,9 @@ class SearchConfig:
         for name in ("seed", "baseline_trials"):
             _at_least(0, name, getattr(self, name))
         if self.finetune_epochs != 0:
-            raise ConfigError("fine-tuning is not part of this version yet: leave --finetune-epochs at 0")
+            raise ConfigError(
+                "a search does not fine-tune yet: leave --finetune-epochs at 0, and run 'autocomp finetune' on its folder"
+            )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"mean has {len(self.mean)} values and std {len(self.std)}: give one of each per channel")
         if self.std is not None and min(self.std) <= 0:
