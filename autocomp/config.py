@@ -99,7 +99,7 @@ class SearchConfig:
             _at_least(0, name, getattr(self, name))
         if self.finetune_epochs != 0:
             raise ConfigError(
-                "a search does not fine-tune yet: leave --finetune-epochs at 0, and run 'autocomp finetune' on its folder"
+                "a search does not fine-tune yet: leave --finetune-epochs at 0, and go on with 'autocomp finetune RUN'"
             )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"mean has {len(self.mean)} values and std {len(self.std)}: give one of each per channel")

@@ -224,7 +224,7 @@ def search(out: Path, wanted: str | None, seconds: float) -> dict[str, Any]:
 
 def finetune(out: Path, wanted: str | None, seconds: float) -> dict[str, Any]:
     del out, wanted, seconds
-    raise CannotRunError("fine-tuning is not part of this version")
+    raise CannotRunError("this part is not written yet: run 'autocomp finetune' on the run of the part search")
 
 
 PARTS: Mapping[str, Callable[[Path, str | None, float], dict[str, Any]]] = {
