@@ -52,7 +52,5 @@ def test_a_part_that_cannot_run_says_why(part: str, tmp_path: Path) -> None:
     if part != "finetune" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     found = json.loads(gpu.record(part, tmp_path, None, 1.0).read_text())
-    answers = (
-        "not written yet" if part == "finetune" else "tensorrt: .*tensorrt-rtx: .*torch-cuda: no CUDA device"
-    )
+    answers = "not written yet" if part == "finetune" else "tensorrt: .*tensorrt-rtx: .*torch-cuda: no CUDA device"
     assert re.search(answers, found["cannot_run"]) and found["doctor"]["engines"]
