@@ -36,7 +36,8 @@ ROLES = ("reference", "best", "uniform", "random")
 @dataclass(frozen=True, slots=True)
 class Phase:
     """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``floor``, ``sensitivity``, ``search``,
-    ``uniform``, ``random``, ``selection``, ``verify``, ``trust``, ``test``. ``total`` counts its steps where known."""
+    ``uniform``, ``random``, ``selection``, ``verify``, ``trust``, ``test``, ``compress``,
+    ``finetune``. ``total`` counts its steps where known."""
 
     name: str
     total: int | None = None
