@@ -48,7 +48,7 @@ def finetune(
     from autocomp import api
     from autocomp.report import print_finetuned
 
-    with _watched("the run is as it was", as_json=bool(json)) as observer:
+    with _watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
         found = api.finetune(run, given, observer)
     if json:
         print_json(found.to_json())
@@ -82,7 +82,9 @@ def verify(
 
     Of an exported folder the digests and the accuracy too; exit status 1 then says that its card is not true here.
     """
-    if (path / "card.json").is_file():
+    from autocomp.study.card import CARD
+
+    if (path / CARD).is_file():
         _verify_exported(path, data, as_json=bool(json))
     elif data is not None:
         raise InputError("--data is for exported folders: leave it out, a run is verified without data")
@@ -94,7 +96,7 @@ def _verify_run(run: Path, *, as_json: bool) -> None:
     from autocomp import api
     from autocomp.report import print_verification
 
-    with _watched("the run is as it was", as_json=as_json) as observer:
+    with _watched("the run is as it was, start again", as_json=as_json) as observer:
         found = api.verify(run, observer)
     if as_json:
         print_json(found.to_json())
@@ -107,7 +109,7 @@ def _verify_exported(folder: Path, data: str | None, *, as_json: bool) -> None:
     from autocomp import api
     from autocomp.report import print_shipped
 
-    with _watched("nothing was written", as_json=as_json) as observer:
+    with _watched("nothing was written, start again", as_json=as_json) as observer:
         found = api.verify_shipped(folder, data, observer)
     if as_json:
         print_json(found.to_json())
@@ -128,4 +130,4 @@ def _watched(left: str, *, as_json: bool) -> Iterator["Observer"]:
         ):
             yield screen
     except KeyboardInterrupt:
-        fail(f"interrupted: {left}, start again", INTERRUPTED)
+        fail(f"interrupted: {left}", INTERRUPTED)

@@ -2,6 +2,7 @@
 
 import json
 
+from autocomp.config import SearchConfig
 from autocomp.outcome import Contender
 from autocomp.report.tables import ABSENT, LABELS, macs, markdown_table, megabytes, milliseconds, percent
 from autocomp.study.card import Card, DataCard
@@ -18,17 +19,16 @@ def render_card(card: Card) -> str:
         claim = f"Verified: within {asked} on fresh engines, at the upper confidence bound."
     else:
         claim = f"Not verified{f' ({model.note})' if model.note else ''}: for {asked}."
-    settings = {name: card.config.get(name) for name in ("engine", "threads", "batch", "seed")}
-    batch = "1, or 32 for the default job" if settings["batch"] is None else settings["batch"]
+    config = SearchConfig.from_json(card.config)
     sections = [
-        f"# {card.config.get('model')}, compressed\n\n{claim}",
+        f"# {config.model}, compressed\n\n{claim}",
         "## Model\n\n" + markdown_table(
             ("", "latency, ms", "ratio", "accuracy", "change, points", "MACs", "size"),
             [_row(card.reference), _row(model)],
         ),
         f"Accuracy is the engine's, {_images(card.data)}.",
         f"## Device\n\n{card.device.get('name')}, {card.device.get('engine')}: {card.device.get('details')}; "
-        f"threads {settings['threads']}, batch {batch}.",
+        f"threads {config.threads}, batch {config.resolved_batch()}.",
         f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
         "## Policy\n\n```json\n" + json.dumps(model.policy.to_json(), indent=2) + "\n```",
         "## Made by\n\n```console\n$ " + " ".join(card.command) + "\n```\n\n"

@@ -141,8 +141,8 @@ def finetune_run(
     observer(Phase("test"))
     row, base, change = _tested(bench, best, result.reference, verdict, after, (old, new, reference))
     note = (
-        f"fine-tuned for {recipe.epochs} epochs: {100 * change.value:+.2f} points of test accuracy "
-        f"({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
+        f"fine-tuned for {recipe.epochs} epoch{'s' * (recipe.epochs > 1)}: {100 * change.value:+.2f} points of test "
+        f"accuracy ({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
     )
     result = replace(
         result,

@@ -14,6 +14,7 @@ import torch
 from safetensors.numpy import load, save
 
 from autocomp import api
+from autocomp.api import delivering
 from autocomp.config import SearchConfig
 from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import IMAGENET
@@ -135,13 +136,13 @@ def test_a_verified_run_keeps_its_budgets_or_its_model(run: Path, monkeypatch: p
 
 
 def test_without_training_images_the_run_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = api.prepare
+    prepare = delivering.prepare
 
     def without(*arguments: Any) -> Any:
         bench = prepare(*arguments)
         return replace(bench, splits=replace(bench.splits, train=None))
 
-    monkeypatch.setattr(api, "prepare", without)
+    monkeypatch.setattr(delivering, "prepare", without)
     before = contents(run)
     with pytest.raises(DataError, match="no training images: the run stays as it is, quantized after training alone"):
         api.finetune(run, GENTLE)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.numpy import load
 
+import autocomp
 from autocomp.api import export, verify_shipped
 from autocomp.data import DataOptions, load_data
 from autocomp.errors import ConfigError, DataError, InputError, RunError
@@ -85,10 +86,12 @@ def test_the_files_are_the_runs_and_the_card_says_so(make: Make, images: Images,
     }  # fmt: skip
     assert card["model"]["accuracy"]["test"] == images.accuracy and card["device"] == HERE
     text = (shipped / "card.md").read_text()
-    for said in ("0.9x", "Not verified", f"{100 * images.accuracy:.2f} %", HERE["name"], "1.000 (0.900 to 1.100)"):
+    claims = ("0.9x", "Not verified", f"{100 * images.accuracy:.2f} %", "1.000 (0.900 to 1.100)")
+    for said in (*claims, HERE["name"], "threads 1, batch 4"):
         assert said in text, said
     assert "autocomp search" in text and "torch 2" in text and card["files"]["model.pt2"] in text
     program = torch.export.load(io.BytesIO((shipped / "model.pt2").read_bytes()))
+    assert str(Path(autocomp.__file__).parent).encode() not in (shipped / "model.pt2").read_bytes()
     assert any(tensor.dtype == torch.int8 for tensor in program.state_dict.values())
     session = onnxruntime.InferenceSession(shipped / "model.onnx", providers=["CPUExecutionProvider"])
     for count in (1, 5):
