@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from os import PathLike
@@ -186,10 +187,11 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
     manifest = read_manifest(run)
     if manifest.version != package_versions().get("autocomp", "unknown"):
         raise RunError(f"{run} was written by autocomp {manifest.version}: go on with that version")
-    if manifest.status in ("verified", "unverified") and (run / "result.json").exists():
-        return load_result(run)
+    if manifest.status in ("verified", "unverified"):
+        with suppress(RunError):  # without a whole result, it is made again from the journal
+            return load_result(run)
     config = SearchConfig.from_json(manifest.config)
-    if config.model.startswith(LIVE) or config.data.startswith(LIVE):
+    if _of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or _silent
     with Run.open(run) as opened:
@@ -213,12 +215,15 @@ def load_result(run: Path) -> SearchResult:
     manifest = read_manifest(run)
     try:
         data = json.loads((run / "result.json").read_text())
+        front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
+        return SearchResult.from_json({**data, "run": str(run)}, front)
     except FileNotFoundError:
         raise RunError(f"{run} has no result ({manifest.status}): go on with 'autocomp resume {run}'") from None
-    except ValueError as error:
-        raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
-    front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
-    return SearchResult.from_json({**data, "run": str(run)}, front)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run / 'result.json'} is damaged or of another version ({error!r}): make it again with "
+            f"'autocomp resume {run}'"
+        ) from error
 
 
 def retarget(
@@ -242,7 +247,7 @@ def retarget(
     watch = observer or _silent
     manifest = read_manifest(run)
     old = SearchConfig.from_json(manifest.config)
-    if old.model.startswith(LIVE) or old.data.startswith(LIVE):
+    if _of_live_objects(old):
         raise RunError(f"{run} was started from live objects: call autocomp.search with another engine")
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     config = retargeted(old, given)
@@ -296,8 +301,10 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
             )
     bench.traced.graph.validate(shipped.policy)
     bench.backend.capabilities().validate(shipped.policy)
-    out.mkdir(parents=True, exist_ok=True)
-    written = write_model(bench, bench.emitter.finish(bench.traced.graph.normalise(shipped.policy)), out)
+    compressed = bench.emitter.finish(bench.traced.graph.normalise(shipped.policy))
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_model(bench, compressed, out)
     if shipped.onnx_sha256 not in (None, written.onnx_sha256):
         raise AutocompError(
             f"{out / 'model.onnx'} is not the file that was measured: torch or onnx differ from the run's; see the "
@@ -364,8 +371,15 @@ def _conduct(
     bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
 ) -> SearchResult:
     result = conduct(bench, prologue, run, observer, earlier)
-    write_report(result, run.folder)
+    try:
+        write_report(result, run.folder)
+    except KeyboardInterrupt:
+        raise Interrupted(run.folder, "autocomp report {run}") from None
     return result
+
+
+def _of_live_objects(config: SearchConfig) -> bool:
+    return config.model.startswith(LIVE) or config.data.startswith(LIVE)
 
 
 def _silent(event: Event) -> None:

@@ -20,7 +20,7 @@ __all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken", "storag
 FORMAT = 1
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "journal.jsonl", ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNUSABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +66,13 @@ class Manifest:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that says what to do."""
+    """Turn a full or read-only disk, or a path that no folder can have, into one line that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise RunError(f"no space left to write {path}: free some and go on with 'autocomp resume'") from error
-        if error.errno in _READ_ONLY:
+        if error.errno in _UNUSABLE:
             raise RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from error
         raise
 
@@ -111,7 +111,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"open it with autocomp {data.get('version', 'of that time') if isinstance(data, dict) else ''}".rstrip()
         )
     try:
-        return Manifest.from_json(data)
+        manifest = Manifest.from_json(data)
+        for name in ("config", "versions", "device", "digests"):
+            if not isinstance(data[name], dict):
+                raise TypeError(f"{name} is no table")
+        return manifest
     except TypeError as error:
         raise RunError(f"{path} is damaged ({error}): start a new search") from error
 
@@ -192,7 +196,10 @@ class Run:
             try:
                 if last and not line.endswith(b"\n"):
                     raise ValueError("torn")
-                entries.append(json.loads(line))
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not {"kind", "seconds"} <= entry.keys():
+                    raise ValueError("no entry")
+                entries.append(entry)
             except ValueError as error:
                 if not last:
                     raise RunError(f"{path} is damaged at byte {position}: start a new search") from error

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from autocomp.api import load_result, verify
+from autocomp import api
+from autocomp.api import load_result, resume, verify
 from autocomp.budget import parse_budgets
 from autocomp.config import SearchConfig
 from autocomp.engines import BackendSpec, make_backend
@@ -143,3 +144,33 @@ def test_what_cannot_be_verified_is_refused(make: Make) -> None:
         verify(folder)
     with pytest.raises(InputError, match="no run folder"):
         verify(folder.parent)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"budget": ["0.9x"]}'])
+def test_a_damaged_result_is_told_and_made_again(make: Make, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    folder = make(predicted=False)
+    (folder / "result.json").write_text(text)
+    with pytest.raises(RunError, match=r"result\.json is damaged or of another version .*autocomp resume") as caught:
+        load_result(folder)
+    assert "\n" not in str(caught.value)
+
+    def reached(*_: Any) -> None:
+        raise InputError("the search goes on")
+
+    monkeypatch.setattr(api, "prepare", reached)
+    monkeypatch.setattr(api, "package_versions", lambda: {"autocomp": "0.1.0"})
+    with pytest.raises(InputError, match="goes on"):
+        resume(folder)
+
+
+def test_a_report_that_is_interrupted_says_how_to_write_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(predicted=False)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(api, "conduct", lambda *_: None)
+    monkeypatch.setattr(api, "write_report", stopped)
+    unused: Any = None
+    with Run.open(folder) as run, pytest.raises(api.Interrupted, match=f"autocomp report {folder}"):
+        api._conduct(unused, unused, run, unused)
