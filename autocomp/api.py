@@ -79,7 +79,7 @@ def search(
         InfeasibleError: no engine in the space meets the budget.
     """
     flags: dict[str, object] = dict(settings)
-    flags["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
+    flags["budget"] = tuple(budget) if isinstance(budget, list | tuple) else budget
     flags.update({name: str(value) for name, value in settings.items() if isinstance(value, PathLike)})
     live_data = not (isinstance(data, str) or data is None)
     flags["data"] = LIVE + type(data).__name__ if live_data else data
@@ -113,7 +113,13 @@ def run_search(
     refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
-        return _conduct(bench, prologue, run, watch)
+        try:
+            return _conduct(bench, prologue, run, watch)
+        except Interrupted:
+            if not _of_live_objects(config):
+                raise
+            how = "autocomp.search on a new folder, as live objects cannot be read again; {run} keeps its trials"
+            raise Interrupted(folder, how) from None
 
 
 def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
