@@ -114,6 +114,17 @@ def test_asking_again_wants_more_confidence_and_a_measured_result_stays(make: Ma
     assert (folder / "result.json").read_text() == before and read_manifest(folder).status == "unverified"
 
 
+def test_a_verdict_of_the_search_counts_as_asked(make: Make, measured: Any) -> None:
+    measured(0.5)
+    folder = make(predicted=False)
+    best = load_result(folder).best
+    assert best is not None
+    with Run.open(folder) as run:
+        run.record("verdict", policy=best.policy.digest, admitted=False)
+        run.record("verdict", policy="another", admitted=False)
+    assert [verify(folder).confidence for _ in range(2)] == pytest.approx([0.975, 1 - 0.05 / 3])
+
+
 def test_on_another_device_the_run_stays_predicted(make: Make, measured: Any) -> None:
     measured(0.5)
     folder = make(predicted=True, device={**HERE, "name": "far-away-1t"})
