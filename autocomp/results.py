@@ -104,7 +104,7 @@ class LatencyEstimate:
         ratio: candidate / reference, paired block by block.
         samples: runs of the candidate behind it.
         rejected: blocks rejected for drift.
-        p50_ms: median of the candidate, whatever the statistic.
+        p50_ms, reference_p50_ms: medians of the candidate and of the uncompressed engine, whatever the statistic.
     """
 
     statistic: str
@@ -114,6 +114,7 @@ class LatencyEstimate:
     samples: int
     rejected: int = 0
     p50_ms: float | None = None
+    reference_p50_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,18 +12,18 @@ from autocomp.errors import RunError
 __all__ = ["storage_errors", "write_atomic"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_READ_ONLY = (errno.EACCES, errno.EROFS, errno.EPERM)
+_UNUSABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into one line that says what to do."""
+    """Turn a full or read-only disk, or a path that no folder can have, into one line that says what to do."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise RunError(f"no space left to write {path}: free some and go on with 'autocomp resume'") from error
-        if error.errno in _READ_ONLY:
+        if error.errno in _UNUSABLE:
             raise RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from error
         raise
 

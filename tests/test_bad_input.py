@@ -1,11 +1,19 @@
 """Bad input to a search: one line, no traceback, no folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
+import autocomp
+from autocomp.api import Interrupted
+from autocomp.engines.simulated import SimulatedBackend
+from autocomp.errors import EngineError, InputError
+from autocomp.study.run import Run
 from tests.processes import command
 
 
@@ -63,3 +71,72 @@ def test_bad_input_is_one_clear_line_and_leaves_no_folder(tmp_path: Path, argume
     message = [line for line in done.stderr.splitlines() if line.startswith("autocomp:")]
     assert len(message) == 1
     assert not (tmp_path / "run").exists()
+
+
+class Small(nn.Module):
+    """Two classes, told apart by the sign of the mean pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.conv.weight.fill_(1.0)
+            self.head.weight.copy_(torch.tensor([[-1.0], [1.0]]).expand(2, 8))
+            for bias in (self.conv.bias, self.head.bias):
+                bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.conv(x).mean((2, 3)))
+        return logits
+
+
+def dataset(loud: float = 1.0, count: int = 300) -> TensorDataset:
+    """Images of `Small`; one in ten has pixels so many times as large."""
+    labels = torch.arange(count) % 2
+    images = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(count))
+    images *= (2 * labels - 1)[:, None, None, None]
+    images[::10] *= loud
+    return TensorDataset(images, labels)
+
+
+def refused(out: Path, data: tuple[TensorDataset, ...], words: str, **settings: Any) -> None:
+    """Refused by name in one line, as the user's fault, and without a folder."""
+    given = {"budget": "0.9x", "engine": "simulated", "calibration_images": 100, **settings}
+    with pytest.raises(InputError, match=words) as caught:
+        autocomp.search(Small(), data, out=out, search_images=64, selection_images=64, **given)
+    assert "\n" not in str(caught.value) and not out.exists()
+
+
+def test_activations_that_overflow_are_bad_input(tmp_path: Path) -> None:
+    refused(tmp_path / "run", (dataset(1e38), dataset()), "the output of conv is NaN or infinite")
+    refused(tmp_path / "run", (dataset(), dataset(1e38), dataset()), "cannot be scored.*NaN or infinite")
+
+
+def test_an_engine_that_refuses_the_uncompressed_model_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise EngineError("there is no such operator")
+
+    monkeypatch.setattr(SimulatedBackend, "build", build)
+    refused(tmp_path / "run", (dataset(), dataset()), "fails on the uncompressed model: there is no such operator")
+
+
+@pytest.mark.parametrize(("budget", "words"), [(None, "no budget"), (15, "must be a text"), ((15,), "must be a text")])
+def test_a_budget_that_is_no_text_is_bad_input(tmp_path: Path, budget: object, words: str) -> None:
+    refused(tmp_path / "run", (dataset(), dataset()), words, budget=budget)
+
+
+def test_an_interrupt_of_live_objects_does_not_promise_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(bench: object, prologue: object, run: Run, *_: object) -> None:
+        raise Interrupted(run.folder)
+
+    monkeypatch.setattr("autocomp.api.searching.conduct", stopped)
+    with pytest.raises(Interrupted) as caught:
+        autocomp.search(
+            Small(), (dataset(), dataset()), "0.9x", engine="simulated", out=tmp_path / "run", calibration_images=100,
+            search_images=64, selection_images=64,
+        )  # fmt: skip
+    assert "autocomp resume" not in str(caught.value) and str(tmp_path / "run") in str(caught.value)

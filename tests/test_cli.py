@@ -165,6 +165,15 @@ def test_search_prints_a_table_and_leaves_with_0(api: FakeApi, capfd: pytest.Cap
     assert err == ""
 
 
+def test_help_names_the_defaults(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("search", "--help") == 0
+    text = " ".join(re.sub(r"[│|]", " ", capfd.readouterr().out).split())
+    for name in ("trials", "finalists", "wave", "threads", "seed", "calibration_images", "search_images"):
+        flag = name.replace("_", "-")
+        found = re.search(rf" --{flag} <int> [^<]*?\[(\d+)\]", text)
+        assert found is not None and int(found[1]) == getattr(SearchConfig(), name), flag
+
+
 def test_flags_reach_the_search(api: FakeApi) -> None:
     flags = (
         "--model m:f --weights w.pt --data d:f --budget p95:15ms --budget 4MB --engine simulated --hardware board "

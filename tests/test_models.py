@@ -331,6 +331,11 @@ def test_models_that_return_no_logits(function, part: str) -> None:  # type: ign
     assert part in one_line(error)
 
 
+def test_a_model_that_divides_by_the_contrast_of_its_image_is_no_broken_one() -> None:
+    model = _Returns(lambda x: (x / x.std((1, 2, 3), keepdim=True)).mean((2, 3)))
+    check_logits(wrap_model(model, 3), (3, 4, 4))
+
+
 def test_the_shipped_file_holds_the_zoo_names(root: Path) -> None:
     shipped = load_file(root / "autocomp" / "assets" / "resnet20_digits.safetensors")
     wanted = {name for name in build_zoo("resnet20", 10).state_dict() if "num_batches" not in name}

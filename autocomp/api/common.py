@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+from autocomp.config import SearchConfig
 from autocomp.errors import InputError
 from autocomp.outcome import Event
 
-__all__ = ["LIVE", "refuse_filled", "silent"]
-
+__all__ = ["LIVE", "of_live_objects", "refuse_filled", "silent"]
 
 LIVE = "object:"
 """Marks a configuration whose model or data was a live object."""
+
+
+def of_live_objects(config: SearchConfig) -> bool:
+    return config.model.startswith(LIVE) or config.data.startswith(LIVE)
 
 
 def silent(event: Event) -> None:

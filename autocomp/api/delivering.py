@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autocomp.api.common import LIVE, refuse_filled, silent
+from autocomp.api.common import of_live_objects, refuse_filled, silent
 from autocomp.api.searching import load_result
 from autocomp.config import SearchConfig
 from autocomp.errors import AutocompError, InputError, RunError
@@ -58,7 +58,7 @@ def finetune(run: Path, settings: Mapping[str, Any], observer: Observer | None =
     watch = observer or silent
     result, manifest = load_result(run), read_manifest(run)
     config = SearchConfig.from_json(manifest.config)
-    if config.model.startswith(LIVE) or config.data.startswith(LIVE):
+    if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: name model and data, and search again")
     recipe = recipe_of(config, settings)
     with Run.open(run) as opened:
@@ -130,8 +130,10 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
             )
     bench.traced.graph.validate(shipped.policy)
     bench.backend.capabilities().validate(shipped.policy)
-    out.mkdir(parents=True, exist_ok=True)
-    written = write_model(bench, bench.emitter.finish(bench.traced.graph.normalise(shipped.policy)), out)
+    compressed = bench.emitter.finish(bench.traced.graph.normalise(shipped.policy))
+    with storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        written = write_model(bench, compressed, out)
     if shipped.onnx_sha256 not in (None, written.onnx_sha256):
         raise AutocompError(
             f"{out / 'model.onnx'} is not the file that was measured: torch or onnx differ from the run's; see the "

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from autocomp.api.common import LIVE, silent
+from autocomp.api.common import LIVE, of_live_objects, silent
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
 from autocomp.errors import ConfigError, InfeasibleError, RunError
@@ -53,7 +54,7 @@ def search(
         InfeasibleError: no engine in the space meets the budget.
     """
     flags: dict[str, object] = dict(settings)
-    flags["budget"] = (budget,) if isinstance(budget, str) else tuple(budget)
+    flags["budget"] = tuple(budget) if isinstance(budget, list | tuple) else budget
     flags.update({name: str(value) for name, value in settings.items() if isinstance(value, PathLike)})
     live_data = not (isinstance(data, str) or data is None)
     flags["data"] = LIVE + type(data).__name__ if live_data else data
@@ -87,7 +88,13 @@ def run_search(
     refuse_taken(folder)
     bench = prepare(config, watch, model, splits)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
-        return _conduct(bench, prologue, run, watch)
+        try:
+            return _conduct(bench, prologue, run, watch)
+        except Interrupted:
+            if not of_live_objects(config):
+                raise
+            how = "autocomp.search on a new folder, as live objects cannot be read again; {run} keeps its trials"
+            raise Interrupted(folder, how) from None
 
 
 def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
@@ -161,10 +168,11 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
     manifest = read_manifest(run)
     if manifest.version != package_versions().get("autocomp", "unknown"):
         raise RunError(f"{run} was written by autocomp {manifest.version}: go on with that version")
-    if manifest.status in ("verified", "unverified") and (run / "result.json").exists():
-        return load_result(run)
+    if manifest.status in ("verified", "unverified"):
+        with suppress(RunError):  # without a whole result, it is made again from the journal
+            return load_result(run)
     config = SearchConfig.from_json(manifest.config)
-    if config.model.startswith(LIVE) or config.data.startswith(LIVE):
+    if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or silent
     with Run.open(run) as opened:
@@ -188,12 +196,15 @@ def load_result(run: Path) -> SearchResult:
     manifest = read_manifest(run)
     try:
         data = json.loads((run / "result.json").read_text())
+        front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
+        return SearchResult.from_json({**data, "run": str(run)}, front)
     except FileNotFoundError:
         raise RunError(f"{run} has no result ({manifest.status}): go on with 'autocomp resume {run}'") from None
-    except ValueError as error:
-        raise RunError(f"{run / 'result.json'} is damaged ({error}): run 'autocomp resume {run}' again") from error
-    front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
-    return SearchResult.from_json({**data, "run": str(run)}, front)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"{run / 'result.json'} is damaged or of another version ({error!r}): make it again with "
+            f"'autocomp resume {run}'"
+        ) from error
 
 
 def retarget(
@@ -217,7 +228,7 @@ def retarget(
     watch = observer or silent
     manifest = read_manifest(run)
     old = SearchConfig.from_json(manifest.config)
-    if old.model.startswith(LIVE) or old.data.startswith(LIVE):
+    if of_live_objects(old):
         raise RunError(f"{run} was started from live objects: call autocomp.search with another engine")
     given = {name: value for name, value in settings.items() if value not in (None, ())}
     config = retargeted(old, given)
@@ -235,5 +246,8 @@ def _conduct(
     bench: Workbench, prologue: Prologue, run: Run, observer: Observer, earlier: Sequence[TrialResult] = ()
 ) -> SearchResult:
     result = conduct(bench, prologue, run, observer, earlier)
-    write_report(result, run.folder)
+    try:
+        write_report(result, run.folder)
+    except KeyboardInterrupt:
+        raise Interrupted(run.folder, "autocomp report {run}") from None
     return result

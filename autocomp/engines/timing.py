@@ -115,6 +115,7 @@ def estimate(timing: Timing, statistic: str, confidence: float = 0.95, seed: int
         samples=timing.samples,
         rejected=timing.rejected,
         p50_ms=float(np.median(np.concatenate(candidate))),
+        reference_p50_ms=float(np.median(np.concatenate(reference))),
     )
 
 

@@ -91,15 +91,16 @@ def wrap_model(module: nn.Module, classes: int | None = None) -> LoadedModel:
 
 
 def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
-    """Run two blank images (c, h, w) = ``input_shape`` through the model.
+    """Run two images (c, h, w) = ``input_shape`` of noise through the model; a blank one may be no input to it.
 
     Raises:
         ModelError: it fails on them, or returns something else than one float tensor of finite logits (2, outputs),
             with at least one output per class.
     """
+    images = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            logits = model.module(torch.zeros(2, *input_shape))
+            logits = model.module(images)
     except Exception as error:  # the user's code may fail in any way
         shape = "x".join(map(str, input_shape))
         raise ModelError(f"{model.spec} fails on images of {shape} ({_line(error)}): does it fit the data?") from error
@@ -116,8 +117,8 @@ def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
             "for each"
         )
     if not bool(torch.isfinite(logits).all()):
-        place = first_not_finite(model.module, torch.zeros(2, *input_shape))
-        raise ModelError(f"{model.spec} returns NaN or infinite logits for a blank image{place}: check its weights")
+        place = first_not_finite(model.module, images)
+        raise ModelError(f"{model.spec} returns NaN or infinite logits for an image of noise{place}: check its weights")
 
 
 def first_not_finite(module: nn.Module, images: Tensor) -> str:

@@ -65,8 +65,8 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
     """Measure a run's ``model.onnx`` beside its ``reference.onnx`` and journal the verdict.
 
     A run that was predicted for this device becomes a measured one: result, manifest and status say so. The result of
-    a run that was measured stays as it was. A model that is asked about again must hold at a higher confidence,
-    1 - 0.05 / n the n-th time, so that asking until it passes does not help it.
+    a run that was measured stays as it was. A model that is asked about again, its search included, must hold at a
+    higher confidence, 1 - 0.05 / n the n-th time, so that asking until it passes does not help it.
 
     Raises:
         RunError: the run shipped nothing, or its files are not what it shipped.
@@ -86,6 +86,8 @@ def verify_run(run: Run, result: SearchResult, observer: Observer) -> Verificati
     if not here:
         observer(Note(f"the run is for {run.manifest.device.get('name')}: the verdict is about {device['name']} alone"))
     before = [entry for entry in run.entries(ENTRY) if entry["device"] == device]
+    if not result.predicted and run.manifest.device == device:  # the search asked as well
+        before += [entry for entry in run.entries("verdict") if entry["policy"] == best.policy.digest]
     confidence = 1 - 0.05 / (1 + len(before))
     measured_here = not result.predicted and run.manifest.device == device
     rows = (best, result.reference if measured_here else replace(result.reference, latency=None))

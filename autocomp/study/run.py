@@ -77,14 +77,20 @@ def read_manifest(folder: Path) -> Manifest:
             f"open it with autocomp {data.get('version', 'of that time') if isinstance(data, dict) else ''}".rstrip()
         )
     try:
-        return Manifest.from_json(data)
+        manifest = Manifest.from_json(data)
+        for name in ("config", "versions", "device", "digests"):
+            if not isinstance(data[name], dict):
+                raise TypeError(f"{name} is no table")
+        return manifest
     except TypeError as error:
         raise RunError(f"{path} is damaged ({error}): start a new search") from error
 
 
 def refuse_taken(folder: Path) -> None:
-    """Raises: RunError if ``folder`` holds something already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises: RunError if ``folder`` holds something already, or can be none."""
+    with storage_errors(folder):
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
         raise RunError(f"{folder} exists already: choose another --out, or go on with 'autocomp resume {folder}'")
 
 
@@ -158,7 +164,10 @@ class Run:
             try:
                 if last and not line.endswith(b"\n"):
                     raise ValueError("torn")
-                entries.append(json.loads(line))
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not {"kind", "seconds"} <= entry.keys():
+                    raise ValueError("no entry")
+                entries.append(entry)
             except ValueError as error:
                 if not last:
                     raise RunError(f"{path} is damaged at byte {position}: start a new search") from error

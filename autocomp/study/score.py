@@ -50,7 +50,10 @@ def predict(engine: Engine, split: Split, batch: int = 256) -> Predictions:
         labels.append(target)
     outputs = np.concatenate(logits)
     if not np.isfinite(outputs).all():
-        raise EngineError("the engine returned NaN or infinite logits: keep its most sensitive layers in fp32")
+        raise EngineError(
+            "the engine returned NaN or infinite logits: check how the images are normalised, or keep the most "
+            "sensitive layers in fp32"
+        )
     return Predictions(outputs, np.concatenate(labels))
 
 

@@ -7,7 +7,7 @@ from typing import Self
 from autocomp.budget import parse_budgets
 from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
-from autocomp.errors import ModelError
+from autocomp.errors import EngineError, ModelError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
@@ -64,11 +64,14 @@ def begin(bench: Workbench) -> Prologue:
     """Build the reference engine and score it on the search split.
 
     Raises:
-        ModelError: the model guesses: its accuracy is at chance level.
+        ModelError: the model guesses: its accuracy is at chance level; or the engine fails on the uncompressed model.
     """
-    reference = bench.backend.build(bench.reference)
-    reference.time(1)  # an engine that cannot be timed here ends the search before there is a folder
-    found = predict(reference, bench.splits.search)
+    try:
+        reference = bench.backend.build(bench.reference)
+        reference.time(1)  # an engine that cannot be timed here ends the search before there is a folder
+        found = predict(reference, bench.splits.search)
+    except EngineError as error:
+        raise ModelError(f"the uncompressed model cannot be scored on {bench.splits.source}: {error}") from error
     if not bench.splits.labelled:
         return Prologue(reference, found)
     limit = chance_limit(bench.splits.classes, len(found.labels))

@@ -73,7 +73,10 @@ def statistics_of(budgets: Sequence[Budget]) -> tuple[str, ...]:
 def reference_latency(verified: LatencyEstimate) -> LatencyEstimate:
     """The uncompressed engine's, from a measurement beside it."""
     own = verified.reference_ms
-    return LatencyEstimate(verified.statistic, own, own, Interval(1.0, 1.0, 1.0), verified.samples)
+    median = verified.reference_p50_ms
+    return LatencyEstimate(
+        verified.statistic, own, own, Interval(1.0, 1.0, 1.0), verified.samples, verified.rejected, median, median
+    )
 
 
 def verification_protocol(statistics: Sequence[str], builds: int = 5, blocks: int = 8) -> TimingProtocol:

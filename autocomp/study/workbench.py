@@ -30,7 +30,7 @@ from autocomp.controllers import CONTROLLERS
 from autocomp.data import Split, Splits
 from autocomp.engines import BackendSpec, Template, emit, load_template, with_codes
 from autocomp.engines.label import labelled
-from autocomp.errors import ConfigError, EngineError, ModelError
+from autocomp.errors import CompressError, ConfigError, EngineError, ModelError
 from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
@@ -184,7 +184,10 @@ def prepare(
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
     images = first_images(splits.calibration, recipe.images)
     traced = equalize(traced, recipe)
-    statistics = collect(traced, to_tensor(images), recipe)
+    try:
+        statistics = collect(traced, to_tensor(images), recipe)
+    except CompressError as error:  # of the uncompressed model: no policy is to blame
+        raise ModelError(str(error)) from error
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
     notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
@@ -250,8 +253,11 @@ def _emitter(parts: _Parts, backend: Backend) -> tuple[Emitter, bytes, Sequence[
     note = f"the ONNX graph cannot be edited safely ({reason}): every policy is exported anew, which is slower"
     exporting = ExportEmitter(*parts)
     reference = exporting.emit(exporting.compress(Policy()))
-    with backend.build(reference) as engine:
-        error = _parity(engine, traced, images[:32])
+    try:
+        with backend.build(reference) as engine:
+            error = _parity(engine, traced, images[:32])
+    except EngineError as refused:
+        raise ModelError(f"the engine fails on the uncompressed model: {refused}") from refused
     if error > PARITY:
         raise ModelError(
             f"the exported model differs from torch's by {error:.1e} (relative L2): it depends on something that "

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from autocomp.api import load_result, verify
+from autocomp.api import Interrupted, load_result, resume, searching, verify
 from autocomp.errors import ConfigError, InputError, RunError
 from autocomp.study import recheck
 from autocomp.study import verify as verification
@@ -53,6 +53,17 @@ def test_asking_again_wants_more_confidence_and_a_measured_result_stays(make: Ma
     assert (folder / "result.json").read_text() == before and read_manifest(folder).status == "unverified"
 
 
+def test_a_verdict_of_the_search_counts_as_asked(make: Make, measured: Any) -> None:
+    measured(0.5)
+    folder = make(predicted=False)
+    best = load_result(folder).best
+    assert best is not None
+    with Run.open(folder) as run:
+        run.record("verdict", policy=best.policy.digest, admitted=False)
+        run.record("verdict", policy="another", admitted=False)
+    assert [verify(folder).confidence for _ in range(2)] == pytest.approx([0.975, 1 - 0.05 / 3])
+
+
 def test_on_another_device_the_run_stays_predicted(make: Make, measured: Any) -> None:
     measured(0.5)
     folder = make(predicted=True, device={**HERE, "name": "far-away-1t"})
@@ -83,3 +94,33 @@ def test_what_cannot_be_verified_is_refused(make: Make) -> None:
         verify(folder)
     with pytest.raises(InputError, match="no run folder"):
         verify(folder.parent)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"budget": ["0.9x"]}'])
+def test_a_damaged_result_is_told_and_made_again(make: Make, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    folder = make(predicted=False)
+    (folder / "result.json").write_text(text)
+    with pytest.raises(RunError, match=r"result\.json is damaged or of another version .*autocomp resume") as caught:
+        load_result(folder)
+    assert "\n" not in str(caught.value)
+
+    def reached(*_: Any) -> None:
+        raise InputError("the search goes on")
+
+    monkeypatch.setattr(searching, "prepare", reached)
+    monkeypatch.setattr(searching, "package_versions", lambda: {"autocomp": "0.1.0"})
+    with pytest.raises(InputError, match="goes on"):
+        resume(folder)
+
+
+def test_a_report_that_is_interrupted_says_how_to_write_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make(predicted=False)
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "conduct", lambda *_: None)
+    monkeypatch.setattr(searching, "write_report", stopped)
+    unused: Any = None
+    with Run.open(folder) as run, pytest.raises(Interrupted, match=f"autocomp report {folder}"):
+        searching._conduct(unused, unused, run, unused)

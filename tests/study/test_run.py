@@ -62,6 +62,23 @@ def test_damage_in_the_middle_is_refused(folder: Path) -> None:
         Run.open(folder)
 
 
+@pytest.mark.parametrize("line", ["[]", "{}", '{"kind": "trial"}', "7"])
+def test_a_line_that_is_no_entry_is_damage(folder: Path, line: str) -> None:
+    with Run.create(folder, MANIFEST) as run:
+        run.record("trial", number=0)
+    journal = folder / "journal.jsonl"
+    journal.write_text(f"{line}\n{journal.read_text()}")
+    with pytest.raises(RunError, match="damaged at byte 0"):
+        Run.open(folder)
+
+
+@pytest.mark.parametrize("name", ["file/run", "x" * 300])
+def test_a_path_that_no_folder_can_have_is_told(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose another folder with --out"):
+        Run.create(tmp_path / name, MANIFEST)
+
+
 def test_seconds_add_up_over_parts(folder: Path) -> None:
     lines = [("opened", 0.0), ("trial", 5.0), ("opened", 0.0), ("trial", 7.5)]
     Run.create(folder, MANIFEST).close()
@@ -102,7 +119,12 @@ def test_an_existing_folder_is_not_overwritten(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "damaged"), ('{"format": 99, "version": "9.0"}', "format 99.*autocomp 9.0"), ('{"format": 1}', "damaged")],
+    [
+        ("{", "damaged"),
+        ('{"format": 99, "version": "9.0"}', "format 99.*autocomp 9.0"),
+        ('{"format": 1}', "damaged"),
+        (json.dumps({**MANIFEST.to_json(), "config": 3}), "damaged.*config"),
+    ],
 )
 def test_foreign_or_damaged_manifests_are_refused(folder: Path, content: str, message: str) -> None:
     Run.create(folder, MANIFEST).close()

@@ -9,15 +9,22 @@ from typing import Any
 import pytest
 
 from autocomp.budget import parse_budgets
-from autocomp.engines import BackendSpec, merge
-from autocomp.outcome import Event, Note
+from autocomp.engines import BackendSpec, estimate, merge
+from autocomp.outcome import Contender, Event, Note
 from autocomp.policy import Policy
 from autocomp.results import Block, Interval, LatencyEstimate, Score, Timing, TrialResult
 from autocomp.study import verify
 from autocomp.study.run import Manifest, Run
 from autocomp.study.steady import Patience
 from autocomp.study.trial import Limits
-from autocomp.study.verify import Finalist, Verdict, statistics_of, verification_protocol, verify_role
+from autocomp.study.verify import (
+    Finalist,
+    Verdict,
+    reference_latency,
+    statistics_of,
+    verification_protocol,
+    verify_role,
+)
 
 BUDGETS = parse_budgets(["15ms", "p95:0.5x", "20MMACs", "0.25xMB"])
 
@@ -54,6 +61,14 @@ def test_the_protocol_takes_the_samples_that_the_statistic_asks_for(statistic: s
 def test_statistics_come_from_the_latency_budgets() -> None:
     assert statistics_of(BUDGETS) == ("p50", "p95")
     assert statistics_of(parse_budgets(["4MB"])) == ("p50",)
+
+
+def test_the_reference_has_a_median_too_where_another_statistic_is_budgeted() -> None:
+    blocks = tuple(Block(build, (0.5,) * 9 + (0.7,), (1.0,) * 9 + (3.0,)) for build in range(5) for _ in range(8))
+    latency = reference_latency(estimate(Timing(blocks), "p95"))
+    row = Contender("reference", Policy(), latency, 0.9, 0.9, 0.9, None, 5, 1000, False, 0)
+    found = row.to_json()["latency_ms"]
+    assert found["p50"] == 1.0 and found["p95"] == found["high"] == 3.0
 
 
 def finalist(number: int) -> Finalist:
