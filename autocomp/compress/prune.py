@@ -103,7 +103,7 @@ def prune(
         module = rebuild(traced.module, graph, tensors, branches)
     if count := _images_in_sequence(policy, recipe):
         with clock("sequence"):
-            tensors |= solve_in_sequence(traced, module, policy, positions, images[:count], recipe)
+            tensors |= solve_in_sequence(traced, module, policy, positions, images[:count], recipe, statistics.outputs)
             module = rebuild(traced.module, graph, tensors, branches)
 
     def look(candidate: fx.GraphModule) -> Observation:

@@ -1,7 +1,8 @@
 """What one pass of the unpruned model over calibration images tells every later policy."""
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from autocomp.errors import DataError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Recipe
 
-__all__ = ["Statistics", "Watcher", "check_images", "collect"]
+__all__ = ["BATCH", "Statistics", "Watcher", "check_images", "collect"]
 
 BATCH = 64
+OUTPUTS_BYTES = 256 * 10**6  # of values kept for later policies
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Statistics:
         ranges: value -> its bounds, by the recipe's method.
         means: value -> mean of each channel, (channels,); only where the model has branches that can be dropped.
         logits: (n, classes), in the images' order.
+        outputs: value -> what layers and additions give on the first ``BATCH`` images, so that trials which are solved
+            in sequence need not run the unpruned model again; empty where that is never asked for, or too large.
     """
 
     moments: Mapping[str, Moments]
@@ -41,6 +45,7 @@ class Statistics:
     ranges: Mapping[str, tuple[float, float]]
     means: Mapping[str, Tensor]
     logits: Tensor
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def check_images(images: Tensor, graph: LayerGraph) -> Tensor:
@@ -71,6 +76,8 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     shaped = frozenset(node.name for node in graph.nodes if node.shape)
     ranges = Ranges(recipe, shaped, len(images))
     totals: dict[str, Tensor] = {}
+    kept = _worth_keeping(graph, min(BATCH, len(images)))
+    outputs: dict[str, Tensor] = {}
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
         ranges.watch(value_of(node), value)
@@ -78,6 +85,8 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
             totals[value_of(node)] = totals.get(value_of(node), torch.zeros(())) + channel_means(value) * (
                 len(value) / len(images)
             )
+        if value_of(node) in kept:
+            outputs.setdefault(value_of(node), value)
         if node.name in sums:
             sums[node.name].add(read(node.all_input_nodes[0]), generator)
 
@@ -88,7 +97,14 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
     evidence = Evidence(traced, tensors_of(traced.module), moments, images, recipe.ridge, recipe.seed)
     orders = order_channels(evidence, recipe.importance)
-    return Statistics(moments, orders, bounds, totals, logits)
+    return Statistics(moments, orders, bounds, totals, logits, outputs)
+
+
+def _worth_keeping(graph: LayerGraph, images: int) -> frozenset[str]:
+    """Values that are costly to compute again; none where no branch can be dropped, or together they are too large."""
+    wanted = [node for node in graph.nodes if node.shape and (node.name in graph.layer_by_node or node.op == "add")]
+    size = 4 * images * sum(math.prod(node.shape) for node in wanted)
+    return frozenset(node.name for node in wanted) if graph.branches and size <= OUTPUTS_BYTES else frozenset()
 
 
 class Watcher(fx.Interpreter):

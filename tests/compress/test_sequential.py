@@ -111,7 +111,10 @@ def test_what_lies_before_the_first_change_is_skipped(
         torch.testing.assert_close(tensor, whole[name], rtol=1e-2, atol=1e-3)
 
 
-def test_trials_solve_in_sequence_where_a_branch_goes_and_only_there(mixed: Case) -> None:
+def test_trials_solve_in_sequence_where_a_branch_goes_and_only_there(
+    mixed: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sequential, "RECTIFIED", sequential.RECTIFIED_TRIAL)
     graph = mixed.traced.graph
     pruned = {group.name: group.channels // 2 for group in graph.groups}
     dropping = Policy(pruned, frozenset(["plain"]))
@@ -167,3 +170,33 @@ def test_fewer_images_where_their_maps_would_not_fit(mixed: Case, monkeypatch: p
     )
     assert all(np.array_equal(none.tensors[name], plain.tensors[name]) for name in plain.tensors)
     assert not all(np.array_equal(few.tensors[name], plain.tensors[name]) for name in plain.tensors)
+
+
+def test_outputs_of_the_unpruned_model_may_be_known_before(mixed: Case) -> None:
+    graph = mixed.traced.graph
+    dropped = Policy({}, frozenset([graph.branches[0].name]))
+    module = rebuild(mixed.traced.module, graph, tensors_of(mixed.traced.module), (graph.branches[0],))
+    known, some = mixed.statistics.outputs, mixed.images[: sequential_images(mixed)]
+    assert {layer.node for layer in graph.layers} <= set(known)
+    anew = solve_in_sequence(mixed.traced, module, dropped, {}, some, SEQUENTIAL)
+    reused = solve_in_sequence(mixed.traced, module, dropped, {}, some, SEQUENTIAL, known)
+    assert anew.keys() == reused.keys() and anew
+    for name, tensor in anew.items():
+        torch.testing.assert_close(reused[name], tensor, rtol=1e-4, atol=1e-5)
+    wrong = {name: value + 1.0 for name, value in known.items()}
+    moved = solve_in_sequence(mixed.traced, module, dropped, {}, some, SEQUENTIAL, wrong)
+    assert any(not torch.allclose(moved[name], tensor, atol=1e-2) for name, tensor in anew.items())
+
+
+def test_known_outputs_of_fewer_images_are_not_used(mixed: Case) -> None:
+    graph = mixed.traced.graph
+    dropped = Policy({}, frozenset([graph.branches[0].name]))
+    module = rebuild(mixed.traced.module, graph, tensors_of(mixed.traced.module), (graph.branches[0],))
+    few = {name: value[:2] + 1.0 for name, value in mixed.statistics.outputs.items()}
+    anew = solve_in_sequence(mixed.traced, module, dropped, {}, mixed.images, SEQUENTIAL)
+    reused = solve_in_sequence(mixed.traced, module, dropped, {}, mixed.images, SEQUENTIAL, few)
+    assert all(torch.equal(reused[name], tensor) for name, tensor in anew.items())
+
+
+def sequential_images(case: Case) -> int:
+    return min(len(value) for value in case.statistics.outputs.values())
