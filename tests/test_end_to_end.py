@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from autocomp.data import load_data
 from autocomp.data.splits import DataOptions, Split
 from autocomp.errors import InfeasibleError, InputError, RunError
 from autocomp.outcome import Event
+from autocomp.policy import Policy
 from autocomp.study.run import Run, read_manifest
 from tests.processes import command
 
@@ -64,6 +66,12 @@ def test_the_folder_holds_what_the_result_says(finished: tuple[Path, dict[str, A
     policy = json.loads((run / "policy.json").read_text())
     assert policy["policy"] == result["best"]["policy"]
     assert policy["onnx_sha256"] == hashlib.sha256((run / "model.onnx").read_bytes()).hexdigest()
+    (measured,) = [e for e in Run.entries_of(run) if e["kind"] == "verdict" and e["policy"] == best_of(result).digest]
+    assert measured["onnx_sha256"] == policy["onnx_sha256"]
+
+
+def best_of(result: dict[str, Any]) -> Policy:
+    return Policy.from_json(result["best"]["policy"])
 
 
 def test_the_shipped_file_scores_as_reported_without_autocomp(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -172,8 +180,13 @@ def test_an_interrupt_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None
     status, error, kept = stop_after_three_trials(run, signal.SIGINT)
     assert status == 130
     assert "Traceback" not in error and f"autocomp resume {run}" in error
-    assert read_manifest(run).status == "interrupted"
+    manifest = read_manifest(run)
+    assert manifest.status == "interrupted"
     assert trials_of(run) == kept
+    other = replace(manifest, versions={**manifest.versions, "torch": "1.0"})
+    (run / "manifest.json").write_text(json.dumps(other.to_json()))
+    with pytest.raises(RunError, match=r"started with torch 1\.0, and this is 2.*install that version"):
+        autocomp.resume(run)
 
 
 def test_an_unreachable_budget_ends_with_the_floor_and_a_marked_run(tmp_path: Path) -> None:
@@ -217,8 +230,6 @@ class Watched:
 
 
 def test_the_test_split_is_read_only_after_every_choice_is_journaled(tmp_path: Path) -> None:
-    from dataclasses import replace
-
     config = simulated(tmp_path / "run")
     splits = load_data("digits", DataOptions(calibration=128, search=100))
     watched = Watched(splits.test, tmp_path / "run" / "journal.jsonl")

@@ -39,6 +39,7 @@ class ShippedPolicy:
         scales: quantized value -> scale and zero point.
         settings: of the search that decide which images the splits hold and how they are normalised.
         onnx_sha256: of the shipped ``model.onnx``.
+        reference_sha256: of the uncompressed ``reference.onnx`` beside it.
         training: recipe of the fine-tuning, which nothing rebuilds without training again; None where there was none.
     """
 
@@ -51,6 +52,7 @@ class ShippedPolicy:
     scales: Mapping[str, Mapping[str, float]] | None = None
     settings: Mapping[str, Any] | None = None
     onnx_sha256: str | None = None
+    reference_sha256: str | None = None
     training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -65,6 +67,7 @@ class ShippedPolicy:
             "scales": dict(self.scales or {}),
             "settings": dict(self.settings or {}),
             "onnx_sha256": self.onnx_sha256,
+            "reference_sha256": self.reference_sha256,
             "training": None if self.training is None else dict(self.training),
         }
 
@@ -85,7 +88,7 @@ class ShippedPolicy:
             raise InputError(f"{path} is no policy: give the policy.json of a run")
         if "policy" not in data:
             return cls(Policy.from_json(data), Recipe())
-        fields = {key: data.get(key) for key in ("model", "data", "onnx_sha256", "training")}
+        fields = {key: data.get(key) for key in ("model", "data", "onnx_sha256", "reference_sha256", "training")}
         for key in ("digests", "kept", "scales", "settings"):
             fields[key] = data.get(key) or {}
             if not isinstance(fields[key], dict):
@@ -112,6 +115,7 @@ def write_model(
         scales={value: params.to_json() for value, params in compressed.params.items()},
         settings={name: value for name, value in bench.config.to_json().items() if name in SETTINGS},
         onnx_sha256=hashlib.sha256(onnx).hexdigest(),
+        reference_sha256=hashlib.sha256(bench.reference).hexdigest(),
         training=training,
     )
     write_atomic(folder / "model.onnx", onnx)

@@ -16,6 +16,9 @@ from autocomp.study.workbench import Workbench, package_versions
 
 __all__ = ["Interrupted", "conduct", "manifest_of", "refuse_changes"]
 
+COMPRESSED_BY = ("autocomp", "torch", "onnx")
+"""Packages that the weights and files of trials come from; the engine's version is part of the device."""
+
 
 class Interrupted(KeyboardInterrupt):
     """The user stopped a search; everything finished so far is kept in ``run``."""
@@ -64,5 +67,12 @@ def refuse_changes(run: Run, bench: Workbench) -> None:
     for name, digest in before.items():
         if now.get(name) != digest:
             raise RunError(f"the {name} changed since {run.folder} was started: restore it, or start a new search")
+    versions = package_versions()
+    for name in COMPRESSED_BY:
+        if versions.get(name) != run.manifest.versions.get(name):
+            raise RunError(
+                f"{run.folder} was started with {name} {run.manifest.versions.get(name)}, and this is "
+                f"{versions.get(name)}: install that version, or start a new search"
+            )
     if run.manifest.device != bench.backend.device.to_json():
         raise RunError(f"{run.folder} was measured on another device or engine version: start a new search here")

@@ -147,11 +147,13 @@ def shipped_files(folder: Path) -> tuple[bytes, bytes]:
     """
     try:
         onnx, reference = ((folder / name).read_bytes() for name in ("model.onnx", "reference.onnx"))
-        digest = json.loads((folder / "policy.json").read_text())["onnx_sha256"]
+        shipped = json.loads((folder / "policy.json").read_text())
+        digests = {"model.onnx": shipped["onnx_sha256"], "reference.onnx": shipped["reference_sha256"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{folder} is not whole ({error}): search again, or copy the whole folder") from error
-    if hashlib.sha256(onnx).hexdigest() != digest:
-        raise RunError(f"{folder / 'model.onnx'} is not the file that the run shipped: copy the whole folder again")
+    for (name, digest), data in zip(digests.items(), (onnx, reference), strict=True):
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise RunError(f"{folder / name} is not the file that the run shipped: copy the whole folder again")
     return onnx, reference
 
 

@@ -1,5 +1,6 @@
 """Finalists: scored again on images the search never saw, then measured on fresh engines, and admitted or not."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -277,6 +278,7 @@ def verify_role(
             run.record(
                 "verdict", role=trial.role, policy=trial.policy.digest, admitted=verdict.admitted,
                 latency=verdict.latency.to_json(), size_bytes=verdict.size_bytes, reason=verdict.reason,
+                onnx_sha256=hashlib.sha256(onnx).hexdigest(),
             )  # fmt: skip
         last = (finalist, verdict)
         if verdict.admitted:

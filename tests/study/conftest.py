@@ -67,6 +67,7 @@ def make(tmp_path: Path, model: Case) -> Make:
         shipped = {
             "policy": policy.to_json(),
             "onnx_sha256": hashlib.sha256(onnx).hexdigest(),
+            "reference_sha256": hashlib.sha256(model.emit(Policy())).hexdigest(),
             "scales": {value: found.to_json() for value, found in params.items()},
         }
         versions, digests = {"torch": "2"}, {"data": data_digest}

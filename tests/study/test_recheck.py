@@ -80,11 +80,12 @@ def test_what_cannot_be_verified_is_refused(make: Make) -> None:
         verify(folder)
     text = (folder / "manifest.json").read_text().replace('"simulated"', '"onnxruntime"')
     (folder / "manifest.json").write_text(text)
-    whole = (folder / "model.onnx").read_bytes()
-    (folder / "model.onnx").write_bytes(whole[:-9])
-    with pytest.raises(RunError, match="not the file that the run shipped"):
-        verify(folder)
-    (folder / "model.onnx").write_bytes(whole)
+    for name in ("model.onnx", "reference.onnx"):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-9])
+        with pytest.raises(RunError, match=rf"{name} is not the file that the run shipped"):
+            verify(folder)
+        (folder / name).write_bytes(whole)
     (folder / "reference.onnx").unlink()
     with pytest.raises(RunError, match=r"not whole.*reference\.onnx"):
         verify(folder)
