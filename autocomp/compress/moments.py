@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from autocomp.graph import Layer, LayerGraph
 
-__all__ = ["Moments", "Sums", "draw_positions", "outputs_at", "patches_at", "reading_layers"]
+__all__ = ["Moments", "Sums", "draw_positions", "inner_products", "outputs_at", "patches_at", "reading_layers"]
 
 LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 CONSTANT = 1e-6  # deviation, as a fraction of the mean, that rounding explains
+BLOCK = 144  # columns of inner products at a time
 MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
 
 
@@ -72,7 +73,7 @@ class Sums:
         patches = patches - self.shift
         self.count += len(patches)
         self.total += patches.sum(0, dtype=torch.float64)
-        self.square += patches.T @ patches
+        self.square += inner_products(patches)
 
     def moments(self) -> Moments:
         assert self.shift is not None
@@ -94,6 +95,20 @@ def _flattened(layer: Layer, graph: LayerGraph) -> int:
         for entry in m.positions
     )
     return width if runs and layer.weight_shape[1] % width == 0 else 1
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """x'x of rows (..., n, features), (..., features, features).
+
+    Only the blocks on and below the diagonal are computed, for most of the time of gathering and solving goes here.
+    """
+    features = rows.shape[-1]
+    found = rows.new_empty(*rows.shape[:-2], features, features)
+    for start in range(0, features, BLOCK):
+        stop = min(start + BLOCK, features)
+        found[..., start:, start:stop] = rows[..., start:].transpose(-1, -2) @ rows[..., start:stop]
+        found[..., start:stop, stop:] = found[..., stop:, start:stop].transpose(-1, -2)
+    return found
 
 
 def draw_positions(value: Tensor, layer: Layer, rows: int, generator: torch.Generator) -> Tensor:

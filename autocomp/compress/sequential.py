@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.compress.damping import damped_cholesky
-from autocomp.compress.moments import MIN_ROWS, ROWS_PER_FEATURE, draw_positions, outputs_at, patches_at
+from autocomp.compress.moments import MIN_ROWS, ROWS_PER_FEATURE, draw_positions, inner_products, outputs_at, patches_at
 from autocomp.compress.naming import value_of
 from autocomp.compress.surgery import shared_parameters, tensors_of
 from autocomp.compress.tracing import Traced
@@ -264,7 +264,7 @@ class _Fit:
         """inputs: (groups, samples, features)."""
         mean = inputs.mean(1)
         inputs = inputs - mean[:, None]
-        gram = (inputs.transpose(1, 2) @ inputs / inputs.shape[1]).double()
+        gram = (inner_products(inputs) / inputs.shape[1]).double()
         factor = damped_cholesky(gram, max(ridge, 1e-6))  # dead inputs keep their weights
         return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), factor)
 

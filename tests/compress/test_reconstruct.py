@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from autocomp.compress import collect, compress, moments, run
-from autocomp.compress.moments import Moments
+from autocomp.compress.moments import Moments, inner_products
 from autocomp.compress.reconstruct import least_squares, reconstruct
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
@@ -144,3 +144,9 @@ def test_reconstruction_brings_the_output_nearer(mixed: Case) -> None:
         return float((run(compressed.module, mixed.images) - reference).square().mean())
 
     assert error("closed_form") < 0.7 * error("none")
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (40, 144), (300, 401), (2, 7, 150)])
+def test_inner_products_are_those_of_a_plain_matrix_product(shape: tuple[int, ...]) -> None:
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(inner_products(rows), rows.transpose(-1, -2) @ rows)
