@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import exp, isfinite, log, sqrt
 
 import numpy as np
@@ -100,9 +101,10 @@ class GuidedController:
         seen.update(wave)
         scored = [(self._choices[policy], r.score.divergence) for policy, r in self._results.items() if r.score]
         beliefs = _Beliefs(self._knowledge.problem.losses, scored)
+        limits, starts = self._limits(), [self._choices[policy] for policy in self._elites()]
         while len(wave) < count:
             place = len(seen)
-            policy = self._proposal(beliefs, seen, place)
+            policy = self._proposal(beliefs, limits, starts, seen, place)
             policy = policy or fresh(self._space, random.Random(f"{self._seed}/{place}"), seen)
             if policy is None:
                 break
@@ -120,7 +122,14 @@ class GuidedController:
                 self._results[result.policy] = result
                 self._choices[result.policy] = self._knowledge.choices(result.policy)
 
-    def _proposal(self, beliefs: "_Beliefs", seen: set[Policy], place: int) -> Policy | None:
+    def _proposal(
+        self,
+        beliefs: "_Beliefs",
+        limits: Sequence[float],
+        starts: Sequence[tuple[int, ...]],
+        seen: set[Policy],
+        place: int,
+    ) -> Policy | None:
         """The best policy for one draw of the weights that was not tried yet; None where local search finds none."""
         knowledge = self._knowledge
         generator = np.random.default_rng([self._seed, place])
@@ -128,15 +137,14 @@ class GuidedController:
         losses = tuple(w * row for w, row in zip(weights, knowledge.problem.losses, strict=True))
         problem = Problem(losses, knowledge.problem.costs, knowledge.problem.tied)
         room = MARGINS[place % len(MARGINS)]
-        limits = tuple(room * limit for limit in self._limits())
-        starts = [self._choices[policy] for policy in self._elites()]
+        limits = tuple(room * limit for limit in limits)
         if len(self._results) < SOLVED:
             solution = _solved(knowledge, problem, limits)
             if solution is not None:
                 policy = knowledge.policy(solution)
                 if policy not in seen:
                     return policy
-                starts.append(solution)
+                starts = [*starts, solution]
         if not starts:
             return None
         start = starts[int(generator.integers(len(starts)))]
@@ -149,18 +157,16 @@ class GuidedController:
         """
         if self._knowledge.speed:
             return (self._target(),)
+        measured = (r for r in reversed(self._results.values()) if len(r.violations) >= len(self._knowledge.limits))
         rows = []
-        for policy, result in self._results.items():
-            if len(result.violations) >= len(self._knowledge.limits):
-                if policy not in self._predicted:
-                    self._predicted[policy] = self._knowledge.costs(policy)
-                pairs = zip(self._predicted[policy], result.violations, self._knowledge.limits, strict=False)
-                rows.append(
-                    [log(max(1 + violation, 1e-6) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs]
-                )
+        for result in islice(measured, RECENT):
+            if result.policy not in self._predicted:
+                self._predicted[result.policy] = self._knowledge.costs(result.policy)
+            pairs = zip(self._predicted[result.policy], result.violations, self._knowledge.limits, strict=False)
+            rows.append([log(max(1 + violation, 1e-6) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs])
         if not rows:
             return self._knowledge.limits
-        off = np.exp(np.quantile(rows[-RECENT:], CAUTION, axis=0))
+        off = np.exp(np.quantile(rows, CAUTION, axis=0))
         return tuple(limit / float(wrong) for limit, wrong in zip(self._knowledge.limits, off, strict=True))
 
     def _target(self) -> float:
