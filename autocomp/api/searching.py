@@ -24,6 +24,7 @@ from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
 from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
+from autocomp.study.study import journaled_trials
 from autocomp.study.workbench import Workbench, package_versions, prepare
 
 __all__ = ["load_result", "resume", "retarget", "run_front", "run_search", "search"]
@@ -196,8 +197,7 @@ def load_result(run: Path) -> SearchResult:
     manifest = read_manifest(run)
     try:
         data = json.loads((run / "result.json").read_text())
-        front = tuple(TrialResult.from_json(e["result"]) for e in Run.entries_of(run) if e["kind"] == "trial")
-        return SearchResult.from_json({**data, "run": str(run)}, front)
+        return SearchResult.from_json({**data, "run": str(run)}, tuple(journaled_trials(Run.entries_of(run))))
     except FileNotFoundError:
         raise RunError(f"{run} has no result ({manifest.status}): go on with 'autocomp resume {run}'") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -12,6 +12,7 @@ from autocomp.storage import storage_errors
 from autocomp.study.artefacts import write_table
 from autocomp.study.run import Manifest, Run
 from autocomp.study.search import Prologue, search
+from autocomp.study.study import journaled_trials
 from autocomp.study.workbench import Workbench, package_versions
 
 __all__ = ["Interrupted", "conduct", "manifest_of", "refuse_changes"]
@@ -39,7 +40,7 @@ def conduct(
         run.set_status("interrupted")
         raise Interrupted(run.folder) from None
     except InfeasibleError:
-        write_table(run, [TrialResult.from_json(entry["result"]) for entry in run.entries("trial")])
+        write_table(run, journaled_trials(run.entries("trial")))
         run.set_status("infeasible")
         raise
     except Exception:

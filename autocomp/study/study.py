@@ -1,7 +1,8 @@
 """The loop ask -> evaluate -> tell, its stop rules, and its replay after a kill."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autocomp.errors import AutocompError
 from autocomp.outcome import Note, Observer, Phase, TrialDone
@@ -10,7 +11,7 @@ from autocomp.protocols import Controller, Executor
 from autocomp.results import TrialResult
 from autocomp.study.run import Run
 
-__all__ = ["MAX_DUPLICATES", "MAX_FAILURES", "FixedList", "Plan", "Study", "StudyError"]
+__all__ = ["MAX_DUPLICATES", "MAX_FAILURES", "FixedList", "Plan", "Study", "StudyError", "journaled_trials"]
 
 MAX_DUPLICATES = 100
 """Duplicates in a row that end a study: the controller has nothing new to say."""
@@ -32,6 +33,12 @@ class Plan:
     wave: int
 
 
+def journaled_trials(entries: Iterable[Mapping[str, Any]]) -> list[TrialResult]:
+    """The trials of a journal's lines; of one that failed and was evaluated again only the last result counts."""
+    found = (TrialResult.from_json(entry["result"]) for entry in entries if entry["kind"] == "trial")
+    return list({(result.role, result.policy.digest): result for result in found}.values())
+
+
 class Study:
     """Runs plans one after the other over one journal.
 
@@ -44,7 +51,7 @@ class Study:
         self._run = run
         self._executor = executor
         self._observer = observer
-        past = (TrialResult.from_json(entry["result"]) for entry in run.entries("trial"))
+        past = journaled_trials(run.entries("trial"))
         self.results = [result for result in past if result.status != "failed"]  # what failed may have been passing
         self._by_policy: dict[str, TrialResult] = {}
         for result in self.results:

@@ -10,7 +10,7 @@ from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
 from autocomp.study.run import Manifest, Run
-from autocomp.study.study import MAX_DUPLICATES, MAX_FAILURES, FixedList, Plan, Study, StudyError
+from autocomp.study.study import MAX_DUPLICATES, MAX_FAILURES, FixedList, Plan, Study, StudyError, journaled_trials
 
 MANIFEST = Manifest("0.1.0", {}, [], {}, {}, {})
 POLICIES = [Policy({"a": a, "b": b}) for a in range(1, 9) for b in range(1, 9)]
@@ -126,6 +126,9 @@ def test_what_failed_is_tried_again_when_the_run_goes_on(tmp_path: Path) -> None
         explore(tmp_path / "run", Counting(failing=True))
     results = explore(tmp_path / "run", Counting())
     assert len(results) == 20 and all(result.status == "ok" for result in results)
+    entries = Run.entries_of(tmp_path / "run")
+    assert len([entry for entry in entries if entry["kind"] == "trial"]) > 20
+    assert sorted(journaled_trials(entries), key=lambda result: result.number) == results
 
 
 def test_results_are_on_disk_before_the_next_trial_begins(tmp_path: Path) -> None:
