@@ -40,7 +40,7 @@ from autocomp.study.executors import EXECUTORS
 from autocomp.study.loading import load
 from autocomp.study.predicted import target_of
 from autocomp.study.score import load_metric
-from autocomp.study.trial import Emitter
+from autocomp.study.worker import Emitter
 
 __all__ = [
     "EditEmitter",
