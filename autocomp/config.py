@@ -27,6 +27,7 @@ _POSITIVE = (
     "calibration_images",
     "search_images",
     "selection_images",
+    "workers",
 )
 
 
@@ -50,7 +51,12 @@ class SearchConfig:
         trials: policies to evaluate.
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
         seed: of every draw.
-        executor: where trials run.
+        executor: where trials run: ``local`` or ``ray``.
+        address: of a Ray cluster: ``auto``, ``local`` or ``ray://HOST:PORT``; None for the job's, else the one that
+            this machine is part of, else a local one.
+        workers: actors that score; None for as many as the cluster has room for.
+        gpus_per_worker: that each of them takes, a fraction where several share one.
+        target_resource: Ray resource of the nodes that measure; None where this machine does.
         finetune_epochs: only 0 in this version; ``autocomp finetune`` trains a finished run's model.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
@@ -78,6 +84,10 @@ class SearchConfig:
     baseline_trials: int | None = None
     seed: int = 0
     executor: str = "local"
+    address: str | None = None
+    workers: int | None = None
+    gpus_per_worker: float = 0.0
+    target_resource: str | None = None
     finetune_epochs: int = 0
     finalists: int = 3
     wave: int = 4
@@ -97,6 +107,11 @@ class SearchConfig:
             _at_least(1, name, getattr(self, name))
         for name in ("seed", "baseline_trials"):
             _at_least(0, name, getattr(self, name))
+        if not 0 <= self.gpus_per_worker < float("inf"):
+            raise ConfigError(f"gpus-per-worker must be at least 0, not {self.gpus_per_worker}")
+        for name in ("address", "workers", "target_resource"):
+            if self.executor == "local" and getattr(self, name) is not None:
+                raise ConfigError(f"{name.replace('_', '-')} is for a cluster: give --executor ray with it")
         if self.finetune_epochs != 0:
             raise ConfigError(
                 "a search does not fine-tune yet: leave --finetune-epochs at 0, and go on with 'autocomp finetune RUN'"
@@ -224,6 +239,12 @@ def _texts(value: object) -> tuple[str, ...]:
     return tuple(entries)
 
 
+def _number(value: object) -> float:
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)  # type: ignore[arg-type]
+
+
 def _numbers(value: object) -> tuple[float, ...]:
     """From a list, a number, or ``0.5,0.5,0.5`` as a flag gives it."""
     entries: Any = value.split(",") if isinstance(value, str) else value
@@ -241,6 +262,7 @@ def _numbers(value: object) -> tuple[float, ...]:
 _READERS: Mapping[Any, tuple[str, Callable[[object], Any]]] = {
     str: ("a text", _exactly(str)),
     int: ("a whole number", _exactly(int)),
+    float: ("a number", _number),
     bool: ("true or false", _exactly(bool)),
     str | None: ("a text", _or_none(_exactly(str))),
     int | None: ("a whole number", _or_none(_exactly(int))),

@@ -15,6 +15,7 @@ __all__ = [
     "ChoiceEffect",
     "Contender",
     "Event",
+    "Fleet",
     "LayerChoice",
     "Note",
     "Observer",
@@ -71,7 +72,17 @@ class Note:
     text: str
 
 
-Event = Phase | Stage | Step | TrialDone | Note
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """How a cluster's workers stand: ready, trials in flight, workers lost and trials sent again so far."""
+
+    workers: int
+    in_flight: int
+    lost: int
+    retried: int
+
+
+Event = Phase | Stage | Step | TrialDone | Note | Fleet
 Observer = Callable[[Event], None]
 
 

@@ -194,3 +194,18 @@ def test_default_folder_is_plain_and_free() -> None:
     assert first == Path("runs/20310203-040506-net-p95-15ms-0.5xMACs")
     first.mkdir(parents=True)
     assert default_folder(config, now) == first.with_name(first.name + "-2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"address": "auto"}, "address is for a cluster: give --executor ray"),
+        ({"workers": 4}, "workers is for a cluster"),
+        ({"executor": "ray", "workers": 0}, "workers must be at least 1"),
+        ({"executor": "ray", "gpus_per_worker": -0.5}, "gpus-per-worker must be at least 0"),
+        ({"executor": "ray", "gpus_per_worker": "half"}, "gpus_per_worker in the flags must be a number"),
+    ],
+)
+def test_settings_of_a_cluster_are_checked(flags: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        read_config(None, flags)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,6 +14,7 @@ from autocomp.compress.coupling import admit, couple
 from autocomp.compress.lowering import Lowered, Norm, lower
 from autocomp.compress.naming import op_of, reason_of, value_of
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
+from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.errors import ModelError
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
 from autocomp.models import first_not_finite
@@ -37,6 +39,13 @@ class Traced:
     module: fx.GraphModule
     norms: Mapping[str, Norm]
     notes: tuple[str, ...]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (self.graph, pack(self.module), self.norms, self.notes)
+
+
+def _received(graph: LayerGraph, module: Packed, norms: Mapping[str, Norm], notes: tuple[str, ...]) -> Traced:
+    return Traced(graph, unpack(module), norms, notes)
 
 
 def trace(model: nn.Module, example: Tensor) -> Traced:

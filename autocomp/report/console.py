@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.outcome import Event, Note, Phase, SearchResult, Stage, Step, TrialDone
+from autocomp.outcome import Event, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.report.tables import (
     ContenderRow,
     contender_rows,
@@ -46,6 +46,7 @@ class LiveScreen:
         self._begun = monotonic()
         self._done = self._trials = 0
         self._stage: Stage | None = None
+        self._fleet: Fleet | None = None
         self._best: dict[str, TrialResult] = {}
         # Drawn on events only: a thread that redraws by the clock would disturb what is being timed.
         self._live = Live(console=console, get_renderable=self._line, auto_refresh=False, transient=True)
@@ -70,6 +71,8 @@ class LiveScreen:
                 self._done = self._trials = 0
             case Stage():
                 self._stage = event
+            case Fleet():
+                self._fleet = event
             case Step():
                 self._advance()
             case TrialDone(result):
@@ -113,6 +116,8 @@ class LiveScreen:
         best = self._best.get(name) or self._best.get("search")
         if best is not None:
             parts.append(f"best {_found(best)}")
+        if self._fleet is not None and self._trials:
+            parts.append(_counts(self._fleet, 60 * self._trials / max(monotonic() - self._begun, 1e-3)))
         if self._stage is not None:
             role = f" ({self._stage.role})" if self._stage.role != name else ""
             parts.append(f"trial {self._stage.number}{role}: {self._stage.name}")
@@ -222,6 +227,13 @@ def _cells(row: ContenderRow) -> tuple[str, ...]:
 def _rank(result: TrialResult) -> float:
     """What the search minimises, of a scored trial."""
     return float("inf") if result.objective is None else result.objective
+
+
+def _counts(fleet: Fleet, a_minute: float) -> str:
+    parts = [f"{fleet.in_flight} trials on {fleet.workers} workers", f"{significant(a_minute, 2)}/min"]
+    if fleet.lost:
+        parts.append(f"{fleet.lost} workers lost, {fleet.retried} trials sent again")
+    return ", ".join(parts)
 
 
 def _found(result: TrialResult) -> str:

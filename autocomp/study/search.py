@@ -14,7 +14,7 @@ from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
 from autocomp.results import LatencyEstimate, Score, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
-from autocomp.study.executors import make_executor
+from autocomp.study.executors import Crew, Kit, hire
 from autocomp.study.explain import explained
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
@@ -48,15 +48,21 @@ WARM_STARTS = 24
 
 @dataclass(frozen=True)
 class Prologue:
-    """The uncompressed engine and its outputs, taken before a run folder is made."""
+    """The uncompressed engine, its outputs on the search split, and who works: all before a run folder is made."""
 
     reference: Engine
-    search: Predictions
+    scorer: Scorer
+    crew: Crew
+
+    @property
+    def search(self) -> Predictions:
+        return self.scorer.reference
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.crew.close()
         self.reference.__exit__(None, None, None)
 
 
@@ -72,15 +78,16 @@ def begin(bench: Workbench) -> Prologue:
         found = predict(reference, bench.splits.search)
     except EngineError as error:
         raise ModelError(f"the uncompressed model cannot be scored on {bench.splits.source}: {error}") from error
-    if not bench.splits.labelled:
-        return Prologue(reference, found)
     limit = chance_limit(bench.splits.classes, len(found.labels))
-    if found.accuracy <= limit:
+    if bench.splits.labelled and found.accuracy <= limit:
         raise ModelError(
             f"the uncompressed model scores {100 * found.accuracy:.1f}% on {bench.splits.source}, which is chance "
             f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data"
         )
-    return Prologue(reference, found)
+    scorer = Scorer(bench.splits.search, found, bench.splits.labelled, load_metric(bench.config.metric))
+    backend = None if bench.backend.measures else bench.backend
+    kit = Kit(bench.emitter, bench.spec, backend, bench.reference, scorer, TimingProtocol())
+    return Prologue(reference, scorer, hire(bench.config, kit, bench.backend.device.to_json()))
 
 
 def search(
@@ -110,15 +117,13 @@ def search(
             "1 point of its accuracy"
         )
     heritage = read_heritage(run.folder)
-    metric = load_metric(bench.config.metric)
-    scorer = Scorer(bench.splits.search, prologue.search, bench.splits.labelled, metric)
     trials = Trials(
         graph=bench.traced.graph,
         emitter=bench.emitter,
         backend=bench.backend,
         reference=prologue.reference,
         reference_structure=structure_digest(bench.reference),
-        scorer=scorer,
+        scorer=prologue.scorer,
         limits=limits,
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
@@ -126,7 +131,7 @@ def search(
         scores=heritage.scores if heritage is not None else scores_of(earlier),
     )
     probe_floor(bench, trials, observer)
-    executor = make_executor(bench.config.executor, trials)
+    executor = prologue.crew.executor(trials)
     study = Study(run, executor, observer)
     try:
         sensitivity = quick_sensitivity(bench, run, observer)
@@ -144,7 +149,7 @@ def search(
 
     observer(Phase("selection"))
     held_out = bench.splits.selection
-    selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, metric)
+    selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, prologue.scorer.metric)
     winners = _verified(bench, trials, study, selection, run, observer)
     trust = gauge(trials, study.results, selection, run, bench.config.seed, observer)
     run.record("choice", contenders={role: found.trial.policy.to_json() for role, (found, _) in winners.items()})
@@ -157,12 +162,13 @@ def search(
     best = contenders.get("best")
     if trust is not None:
         note(str(trust))
+    results = sorted(study.results, key=lambda result: result.number)
     result = SearchResult(
         verified=best is not None and best.verified,
         budgets=limits.budgets,
         contenders=contenders,
         trials={role: len(study.of(role)) for role in ("search", "uniform", "random") if study.of(role)},
-        front=tuple(study.results),
+        front=tuple(results),
         seconds=run.seconds,
         run=run.folder,
         notes=tuple(dict.fromkeys(notes)),
@@ -172,7 +178,7 @@ def search(
         trust=trust,
         effects=explained(bench, best.policy, sensitivity, run.folder) if best is not None else (),
     )
-    ship(bench, run, result, study.results)
+    ship(bench, run, result, results)
     return result
 
 

@@ -1,54 +1,25 @@
 """One policy -> one `TrialResult`: emit, time, and where the budget holds compress, build and score."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import median
-from time import perf_counter
-from typing import Literal, Protocol, Self
+from typing import Literal, Self
 
 from autocomp.budget import Budget
-from autocomp.capabilities import DeviceInfo
-from autocomp.compress import Compressed
-from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
-from autocomp.errors import AutocompError
+from autocomp.engines import initializer_bytes, structure_digest
+from autocomp.errors import EngineError
 from autocomp.graph import LayerGraph
 from autocomp.hardware import LatencyEntry, LatencyKey, LatencyTable
 from autocomp.outcome import Observer, Stage
 from autocomp.policy import Policy
-from autocomp.protocols import Backend, Engine
-from autocomp.results import Score, TimingProtocol, TrialResult
-from autocomp.study.score import Scorer
-from autocomp.study.steady import Patience
+from autocomp.results import Score, TrialResult
+from autocomp.study.worker import FAULTS, Answer, ScoreTask, Stopwatch, Task, Timed, TimeTask, Worker, line_of
 
-__all__ = ["Emitter", "Goal", "Limits", "Trials"]
+__all__ = ["Goal", "Limits", "Steps", "Trials", "follow"]
 
 Goal = Literal["accuracy", "speed"]
 ACCURACY_LOSS = 0.01
 """Points of accuracy the fastest policy may lose when the uncompressed engine meets the budget already."""
-AGAIN_S = (0.0, 0.5)
-"""Pauses before a trial's timing is repeated on a slowed device, which slows int8 more than the float reference."""
-
-
-class Emitter(Protocol):
-    """Turns policies into ONNX files."""
-
-    def skeleton(self, policy: Policy) -> bytes:
-        """A file with the policy's structure, good for timing; its weights mean nothing."""
-        ...
-
-    def compress(self, policy: Policy) -> Compressed:
-        """As a trial does."""
-        ...
-
-    def finish(self, policy: Policy) -> Compressed:
-        """As a finalist is scored, measured and shipped: the best compression there is, in seconds."""
-        ...
-
-    def emit(self, compressed: Compressed) -> bytes:
-        """The file to score and to ship."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,72 +69,64 @@ class Limits:
         return ((self.accuracy - (reached or 0.0)) / ACCURACY_LOSS - 1.0,)
 
 
-@dataclass(slots=True)
-class _Stopwatch:
-    """Names the stage at hand, tells the observer, and adds up its time."""
+Steps = Generator[Task, Answer, TrialResult]
+"""A trial under way: it asks for tasks to be done, is sent their answers, and returns its result."""
 
-    announce: Callable[[str], None]
-    stage: str = "start"
-    seconds: dict[str, float] = field(default_factory=dict)
 
-    @contextmanager
-    def at(self, stage: str) -> Iterator[None]:
-        self.stage = stage
-        self.announce(stage)
-        begun = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + perf_counter() - begun
+def follow(steps: Steps, do: Callable[[Task], Answer]) -> TrialResult:
+    """Do every task of a trial, here and now."""
+    try:
+        task = next(steps)
+        while True:
+            task = steps.send(do(task))
+    except StopIteration as end:
+        result: TrialResult = end.value
+        return result
 
 
 @dataclass(frozen=True)
-class Trials:
-    """Evaluates policies on one device. Failures of a policy are results; bad input and bugs are not caught.
+class Trials(Worker):
+    """Trials of one run: what is asked of a worker for each, and what follows from its answers.
+
+    Failures of a policy are results; bad input and bugs are not caught.
 
     Attributes:
         graph: of the model.
-        emitter: policies -> files.
-        backend, reference: of the target, and the uncompressed engine on it.
         reference_structure: digest of the uncompressed engine's structure.
-        scorer: on the search split.
         limits: budgets and reference values.
-        protocol: of the quick timing that guides the search.
         cache: latencies measured before.
-        scores: digest of a policy -> its score, where an earlier run found it under equal keys.
         observer: told of each stage.
+        scores: digest of a policy -> its score, where an earlier run found it under equal keys.
     """
 
     graph: LayerGraph
-    emitter: Emitter
-    backend: Backend
-    reference: Engine
     reference_structure: str
-    scorer: Scorer
     limits: Limits
-    protocol: TimingProtocol
     cache: LatencyTable
     observer: Observer
     scores: Mapping[str, Score] = field(default_factory=dict)
 
-    @property
-    def device(self) -> DeviceInfo:
-        return self.backend.device
-
     def evaluate(self, number: int, role: str, policy: Policy) -> TrialResult:
-        """Run one trial; an `AutocompError` on the way becomes a failed result with its stage."""
-        watch = _Stopwatch(lambda stage: self.observer(Stage(number, role, stage)))
+        """Run one trial in this process; an `AutocompError` on the way becomes a failed result with its stage."""
+        announce = self._announce(number, role)
+        return follow(self.steps(number, role, policy), lambda task: self.do(task, announce))
+
+    def steps(self, number: int, role: str, policy: Policy) -> Steps:
+        """One trial, whoever does its tasks: emit, have it timed, and where the budgets hold scored."""
+        watch = Stopwatch(self._announce(number, role))
         try:
-            return self._evaluate(number, role, policy, watch)
-        except (AutocompError, ArithmeticError, RuntimeError, MemoryError) as error:
-            line = " ".join(str(error).split()) or type(error).__name__
+            return (yield from self._steps(number, role, policy, watch))
+        except FAULTS as error:
             return TrialResult(
-                number, role, policy, "failed", stage=watch.stage, error=line[:500], seconds=watch.seconds
+                number, role, policy, "failed", stage=watch.stage, error=line_of(error), seconds=watch.seconds
             )
 
     def ratio(self, policy: Policy) -> float:
         """Measured latency over the reference's, from the cache where this structure was timed before."""
-        return self._time(self.emitter.skeleton(policy))[0]
+        onnx = self.emitter.skeleton(policy)
+        key = self._key(onnx)
+        known = self.cache.get(key)
+        return known.ratio if known is not None else self._keep(key, self.time(self._timing(onnx)))
 
     def current(self) -> Limits:
         """The limits with the uncompressed engine's latency as the run has seen it so far.
@@ -174,12 +137,19 @@ class Trials:
         first = self.limits.latency_ms["p50"]
         return self.limits.scaled(median([first, *self.cache.references_ms()]) / first)
 
-    def _evaluate(self, number: int, role: str, policy: Policy, watch: _Stopwatch) -> TrialResult:
+    def _steps(self, number: int, role: str, policy: Policy, watch: Stopwatch) -> Steps:
         with watch.at("emit"):
             skeleton = self.emitter.skeleton(policy)
             macs, size_bytes = self.graph.macs(policy), initializer_bytes(skeleton)
         with watch.at("time"):
-            ratio, cached = self._time(skeleton)
+            key = self._key(skeleton)
+            known = self.cache.get(key)
+        if known is None:
+            timed = _done(watch, (yield self._timing(skeleton))).timed
+            assert timed is not None
+            ratio = self._keep(key, timed)
+        else:
+            ratio = known.ratio
         limits = self.current()
         violations = limits.violations(ratio, macs, size_bytes)
         reference_ms = limits.latency_ms["p50"]
@@ -188,35 +158,36 @@ class Trials:
             return TrialResult(
                 number, role, policy, "infeasible", violations + self.limits.loss(None),
                 latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
-                stage=watch.stage, cached_timing=cached, seconds=watch.seconds,
+                stage=watch.stage, cached_timing=known is not None, seconds=watch.seconds,
             )  # fmt: skip
-        score = self.scores.get(policy.digest) or self._score(policy, watch)
+        score = self.scores.get(policy.digest)
+        if score is None:
+            score = _done(watch, (yield ScoreTask(policy))).score
+            assert score is not None
         return TrialResult(
             number, role, policy, "ok", violations + self.limits.loss(score),
             objective=self.limits.objective(score, ratio), score=score,
             latency_ms=latency_ms, reference_ms=reference_ms, macs=macs, size_bytes=size_bytes,
-            cached_timing=cached, seconds=watch.seconds,
+            cached_timing=known is not None, seconds=watch.seconds,
         )  # fmt: skip
 
-    def _score(self, policy: Policy, watch: _Stopwatch) -> Score:
-        with watch.at("compress"):
-            compressed = self.emitter.compress(policy)
-        with watch.at("emit"):
-            onnx = self.emitter.emit(compressed)
-        with watch.at("build"):
-            engine = self.backend.build(onnx)
-        with watch.at("score"), engine:
-            return self.scorer.score(engine)
+    def _announce(self, number: int, role: str) -> Callable[[str], None]:
+        return lambda stage: self.observer(Stage(number, role, stage))
 
-    def _time(self, onnx: bytes) -> tuple[float, bool]:
-        key = LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)
-        known = self.cache.get(key)
-        if known is not None:
-            return known.ratio, True
-        patience = Patience(lambda event: None, AGAIN_S)
-        with self.backend.build(onnx) as engine, device_lock(self.device):
-            take = partial(compare, engine, self.reference, self.protocol)
-            timing = patience.measure(take, self.current().latency_ms["p50"])
-        found = estimate(timing, "p50")
-        self.cache.put(LatencyEntry(key, found.ratio.value, found.reference_ms.value))
-        return found.ratio.value, False
+    def _key(self, onnx: bytes) -> LatencyKey:
+        return LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)
+
+    def _timing(self, onnx: bytes) -> TimeTask:
+        return TimeTask(onnx, self.current().latency_ms["p50"])
+
+    def _keep(self, key: LatencyKey, timed: Timed) -> float:
+        self.cache.put(LatencyEntry(key, timed.ratio, timed.reference_ms))
+        return timed.ratio
+
+
+def _done(watch: Stopwatch, answer: Answer) -> Answer:
+    """Take an answer over into the trial. Raises: EngineError if the task failed."""
+    watch.add(answer)
+    if answer.error is not None:
+        raise EngineError(answer.error)
+    return answer

@@ -1,6 +1,7 @@
 """Policies turned into weights: slicing, recalibration, int8, determinism, refusals."""
 
 import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -240,3 +241,12 @@ def test_fake_quantization_is_torchs(values: list[float], scale: float, zero_poi
     tie = (value / scale - torch.floor(value / scale) - 0.5).abs() < 1e-3
     torch.testing.assert_close(found[~tie], expected[~tie])
     assert ((found - expected).abs() <= 1.001 * scale).all()
+
+
+def test_a_model_that_travelled_compresses_to_the_same_bits(mixed: Case) -> None:
+    travelled = pickle.loads(pickle.dumps(mixed.traced))
+    assert [node.name for node in travelled.module.graph.nodes] == [n.name for n in mixed.traced.module.graph.nodes]
+    policy = everywhere(mixed, stem=4, last=4)
+    here, there = applied(mixed, policy), applied(replace(mixed, traced=travelled), policy)
+    assert here.params == there.params and here.tensors.keys() == there.tensors.keys()
+    assert all(np.array_equal(here.tensors[name], there.tensors[name]) for name in here.tensors)

@@ -6,7 +6,7 @@ from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.study.trial import Trials
 
-__all__ = ["LocalExecutor"]
+__all__ = ["LocalCrew", "LocalExecutor"]
 
 
 class LocalExecutor:
@@ -18,6 +18,16 @@ class LocalExecutor:
     def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
         for number, role, policy in wave:
             yield self._trials.evaluate(number, role, policy)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class LocalCrew:
+    """Nobody but this process."""
+
+    def executor(self, trials: Trials) -> LocalExecutor:
+        return LocalExecutor(trials)
 
     def close(self) -> None:
         """Nothing is held."""

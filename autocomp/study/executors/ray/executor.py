@@ -1,0 +1,209 @@
+"""Trials under way on a cluster: who does which task, and when."""
+
+import platform
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from autocomp.config import SearchConfig
+from autocomp.outcome import Fleet, Stage
+from autocomp.policy import Policy
+from autocomp.results import TrialResult
+from autocomp.study.executors.kit import Kit, send
+from autocomp.study.executors.ray.connect import check, workers_of
+from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
+from autocomp.study.trial import Steps, Trials
+from autocomp.study.worker import Answer, Task, TimeTask
+
+__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor"]
+
+ATTEMPTS = 3
+"""Workers that a trial may lose before it has failed."""
+
+
+@dataclass(eq=False)
+class _Flight:
+    """A trial under way."""
+
+    number: int
+    role: str
+    policy: Policy
+    steps: Steps
+    task: Task
+    losses: int = 0
+
+
+class RayExecutor:
+    """Sends the tasks of trials to pools of actors and takes their answers as they come.
+
+    Args:
+        trials: of the run; with no ``meters`` they time in this process.
+        workers: score.
+        meters: time, one at a time on each target device; None where this machine is the target.
+    """
+
+    def __init__(self, trials: Trials, workers: Pool, meters: Pool | None) -> None:
+        self._trials, self._workers, self._meters = trials, workers, meters
+        self._queues: dict[bool, deque[_Flight]] = {True: deque(), False: deque()}  # by whether it is to be timed
+        self._sent: dict[Any, tuple[_Flight, Pool, Member]] = {}
+        self._retried = 0
+
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+        left = deque(wave)
+        try:
+            while left or self._sent or any(self._queues.values()):
+                while left and self._under_way < 2 * self._workers.size:
+                    yield from self._begin(*left.popleft())
+                yield from self._time_here()
+                self._send()
+                for flight, answer in self._answers():
+                    yield from self._advance(flight, answer)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Forget what is under way; the pools go on, as another search may use them."""
+        for _, _, member in self._sent.values():
+            member.busy = False
+        self._sent, self._queues = {}, {True: deque(), False: deque()}
+
+    @property
+    def _under_way(self) -> int:
+        return len(self._sent) + sum(map(len, self._queues.values()))
+
+    def _begin(self, number: int, role: str, policy: Policy) -> Iterator[TrialResult]:
+        steps = self._trials.steps(number, role, policy)
+        try:
+            self._queue(_Flight(number, role, policy, steps, next(steps)))
+        except StopIteration as end:
+            yield end.value
+
+    def _advance(self, flight: _Flight, answer: Answer) -> Iterator[TrialResult]:
+        try:
+            flight.task = flight.steps.send(answer)
+            self._queue(flight)
+        except StopIteration as end:
+            yield end.value
+
+    def _queue(self, flight: _Flight) -> None:
+        self._queues[isinstance(flight.task, TimeTask)].append(flight)
+
+    def _time_here(self) -> Iterator[TrialResult]:
+        """Time in this process while no worker of this machine is busy."""
+        queue = self._queues[True]
+        while self._meters is None and queue and self._quiet(platform.node()):
+            flight = queue.popleft()
+            self._announce(flight)
+            yield from self._advance(flight, self._trials.do(flight.task, lambda stage: None))
+
+    def _send(self) -> None:
+        if self._meters is not None:
+            for member in self._meters.members:
+                if not member.busy and self._queues[True] and self._quiet(member.host):
+                    self._hand_over(self._queues[True].popleft(), self._meters, member)
+        for member in self._workers.members:
+            if not member.busy and self._queues[False] and not self._measuring(member.host):
+                self._hand_over(self._queues[False].popleft(), self._workers, member)
+        if self._queues[False]:
+            self._workers.require()
+        if self._queues[True] and self._meters is not None:
+            self._meters.require()
+
+    def _hand_over(self, flight: _Flight, pool: Pool, member: Member) -> None:
+        self._announce(flight)
+        member.busy = True
+        self._sent[member.actor.do.remote(flight.task)] = flight, pool, member
+
+    def _answers(self) -> Iterator[tuple[_Flight, Answer]]:
+        """What has been done since; members that died are replaced, and their trials wait for another."""
+        pools = [pool for pool in (self._workers, self._meters) if pool is not None]
+        refs = [*self._sent, *(ref for pool in pools for ref in pool.joining)]
+        if not self._sent and not (refs and any(self._queues.values())):
+            return
+        ray.wait(refs, timeout=1.0)
+        for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
+            if ref not in self._sent:
+                next(pool for pool in pools if ref in pool.joining).joined(ref)
+                continue
+            flight, pool, member = self._sent.pop(ref)
+            member.busy = False
+            try:
+                answer = ray.get(ref)
+            except RayTaskError:
+                raise  # a bug, which another worker has as well
+            except RayError as error:
+                pool.lose(member)
+                flight.losses += 1
+                if flight.losses < ATTEMPTS:
+                    self._retried += 1
+                    self._queue(flight)
+                    continue
+                stage = "time" if isinstance(flight.task, TimeTask) else "score"
+                reason = f"it lost {flight.losses} workers, the last one so: {reason_of(error)}"
+                answer = Answer(stage=stage, error=reason)
+            yield flight, answer
+        lost = sum(pool.lost for pool in pools)
+        self._trials.observer(Fleet(len(self._workers.members), len(self._sent), lost, self._retried))
+
+    def _announce(self, flight: _Flight) -> None:
+        stage = "time" if isinstance(flight.task, TimeTask) else "score"
+        self._trials.observer(Stage(flight.number, flight.role, stage))
+
+    def _quiet(self, host: str) -> bool:
+        """Whether nothing disturbs a measurement there: nobody scores, or times are computed anyway."""
+        return not self._trials.backend.measures or not any(
+            member.busy for member in self._workers.members if member.host == host
+        )
+
+    def _measuring(self, host: str) -> bool:
+        """Whether a measurement is going on or waited for there."""
+        if not self._trials.backend.measures:
+            return False
+        if self._meters is None:
+            return bool(self._queues[True]) and host == platform.node()
+        here = [member for member in self._meters.members if member.host == host]
+        return any(member.busy for member in here) or bool(here and self._queues[True])
+
+
+class RayCrew:
+    """The actors that the searches of one workbench share.
+
+    Args:
+        config: with ``address``, ``workers``, ``gpus_per_worker`` and ``target_resource``.
+        kit: goes through the object store once.
+        device: fingerprint of this machine's target.
+    """
+
+    def __init__(self, config: SearchConfig, kit: Kit, device: Mapping[str, Any]) -> None:
+        check(config)
+        parcel = ray.put(send(kit, ray.cloudpickle.dumps))
+        worker = partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker)
+        self.pools = [Pool(worker, workers_of(config), parcel, "worker")]
+        self._meters = None
+        try:
+            if config.target_resource is not None:
+                count = int(ray.cluster_resources()[config.target_resource])
+                meter = partial(_station, num_cpus=0, resources={config.target_resource: 1})
+                self._meters = Pool(meter, count, parcel, "meter", device)
+                self.pools.append(self._meters)
+            for pool in self.pools:
+                pool.wait_for_one()
+        except BaseException:
+            self.close()
+            raise
+
+    def executor(self, trials: Trials) -> RayExecutor:
+        return RayExecutor(trials, self.pools[0], self._meters)
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.close()
+
+
+def _station(name: str, **options: Any) -> Any:
+    return ray.remote(Station).options(name=name, **options).remote()

@@ -1,0 +1,245 @@
+"""What a Ray cluster of actors gives a search: scaling, a busy driver, start-up, equal results, kills survived.
+
+    python -m benchmarks.ray [scaling] [many] [search] [kills]
+
+``scaling`` and ``many`` sleep instead of scoring, so that they measure the executor alone. ``search`` runs the default
+job under the simulated engine here and on two actors. ``kills`` runs searches on a cluster of three nodes on this
+machine and kills a worker, a node or the driver at a random moment.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from autocomp.api import run_search
+from autocomp.config import SearchConfig
+from autocomp.controllers import make_controller
+from autocomp.outcome import Event, Phase
+from autocomp.policy import Policy
+from autocomp.protocols import Controller
+from autocomp.results import Score, TrialResult
+from autocomp.study.executors.ray import Pool, RayExecutor
+from autocomp.study.run import Manifest, Run
+from autocomp.study.study import Plan, Study
+from autocomp.study.trial import Steps
+from autocomp.study.workbench import prepare
+from autocomp.study.worker import Answer, ScoreTask
+from benchmarks.common import save, show
+
+KILLS = 20
+MODEL = SearchConfig(
+    model="zoo:resnet20", data="random:3x32x32x10", engine="simulated", budget=("0.7x",), calibration_images=64,
+    search_images=64, selection_images=64,
+)  # fmt: skip
+
+
+class Sleeper:
+    """Many workers in one process, each of which sleeps instead of scoring."""
+
+    async def load(self, seconds: float) -> tuple[str, None]:
+        self._seconds = seconds
+        return "", None
+
+    async def do(self, task: ScoreTask) -> Answer:
+        await asyncio.sleep(self._seconds)
+        kept = sum(task.policy.kept.values())
+        return Answer(score=Score(1.0 / (1 + kept), None, 1), seconds={"score": self._seconds}, stage="score")
+
+
+@dataclass
+class Sleeping:
+    """Trials that ask for a score and nothing else."""
+
+    backend: Any = field(default_factory=lambda: SimpleNamespace(measures=False))
+
+    def observer(self, event: Event) -> None:
+        del event
+
+    def steps(self, number: int, role: str, policy: Policy) -> Steps:
+        answer = yield ScoreTask(policy)
+        assert answer.score is not None
+        return TrialResult(number, role, policy, "ok", (-0.1,), answer.score.divergence, answer.score, 1.0, 2.0, 5, 7)
+
+
+@dataclass
+class Timed:
+    """A controller, with the longest time that an ask and the tell after it took together, in ms a policy."""
+
+    inner: Controller
+    waves: list[float] = field(default_factory=list)
+
+    def ask(self, count: int) -> list[Policy]:
+        begun = time.perf_counter()
+        asked = self.inner.ask(count)
+        self.waves.append(1e3 * (time.perf_counter() - begun) / count)
+        return asked
+
+    def tell(self, results: Sequence[TrialResult]) -> None:
+        begun = time.perf_counter()
+        self.inner.tell(results)
+        self.waves[-1] += 1e3 * (time.perf_counter() - begun) / max(len(results), 1)
+
+
+def sleep_through(processes: int, workers: int, seconds: float, plan: Plan) -> float:
+    """Wall seconds of a plan on workers that share processes."""
+    each = -(-workers // processes)
+    shared = [ray.remote(Sleeper).options(num_cpus=0, max_concurrency=each).remote() for _ in range(processes)]
+    turn = cycle(shared)
+    pool = Pool(lambda name: next(turn), workers, seconds, "worker")
+    while len(pool.members) < workers:
+        for ref in ray.wait(list(pool.joining))[0]:
+            pool.joined(ref)
+    with TemporaryDirectory() as folder, Run.create(Path(folder) / "run", Manifest("", {}, [], {}, {}, {})) as run:
+        executor = RayExecutor(Sleeping(), pool, None)  # type: ignore[arg-type]
+        begun = time.perf_counter()
+        results = Study(run, executor, Sleeping().observer).explore(plan)
+        elapsed = time.perf_counter() - begun
+    assert len({result.policy.digest for result in results}) == plan.trials
+    for actor in shared:
+        ray.kill(actor)
+    return elapsed
+
+
+def planned(trials: int, wave: int) -> tuple[Plan, Timed]:
+    controller = Timed(make_controller("evolution", prepare(MODEL, lambda event: None).space, 0))
+    return Plan("search", controller, trials, wave), controller
+
+
+def scaling() -> dict[str, Any]:
+    """1 s evaluations on 1 to 8 actors, sixteen on each."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    rows = []
+    for actors in (1, 2, 4, 8):
+        plan, _ = planned(16 * actors if actors > 1 else 16, 16 * actors)
+        elapsed = sleep_through(actors, actors, 1.0, plan)
+        rows.append({"actors": actors, "seconds": elapsed, "of_linear": plan.trials / actors / elapsed})
+    ray.shutdown()
+    show("1 s evaluations", ("actors", "s", "of linear"),
+         [(row["actors"], f"{row['seconds']:.1f}", f"{row['of_linear']:.2f}") for row in rows])  # fmt: skip
+    return {"scaling": rows}
+
+
+def many() -> dict[str, Any]:
+    """20 s evaluations on 256 workers in 8 processes, four on each."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    plan, controller = planned(1024, 256)
+    elapsed = sleep_through(8, 256, 20.0, plan)
+    ray.shutdown()
+    found = {
+        "workers": 256,
+        "seconds": elapsed,
+        "busy": 4 * 20.0 / elapsed,
+        "driver_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "ask_tell_ms": max(controller.waves),
+    }
+    show("256 workers", tuple(found), [tuple(f"{value:.3g}" for value in found.values())])
+    return {"many": found}
+
+
+def search() -> dict[str, Any]:
+    """The default job under the simulated engine, here and on two actors that this machine has no room beside."""
+    seconds: dict[str, float] = {}
+    results = {}
+    started: dict[str, float] = {}
+    with TemporaryDirectory() as folder:
+        for name, changes in (("local", {}), ("ray", {"executor": "ray", "address": "local", "workers": 2})):
+            config = SearchConfig(engine="simulated", budget=("0.5x",), batch=32, trials=32, baseline_trials=8, wave=8,
+                                  out=f"{folder}/{name}", **changes)  # type: ignore[arg-type]  # fmt: skip
+            begun = time.perf_counter()
+
+            def watch(event: Event, name: str = name, begun: float = begun) -> None:
+                if isinstance(event, Phase) and event.name == "reference":
+                    started[name] = time.perf_counter() - begun
+
+            results[name] = run_search(config, watch)
+            seconds[name] = time.perf_counter() - begun
+    ray.shutdown()
+    found = {
+        "local_s": seconds["local"],
+        "ray_s": seconds["ray"],
+        "ratio": (seconds["ray"] - started["ray"]) / (seconds["local"] - started["local"]),
+        "start_s": started["ray"] - started["local"],
+        "same_best": results["ray"].contenders == results["local"].contenders,
+    }
+    show("the default job", tuple(found), [tuple(f"{value:.3g}" for value in found.values())])
+    return {"search": found}
+
+
+def kills() -> dict[str, Any]:
+    """Searches with a worker, a node or the driver killed at a random moment; each must end whole."""
+    draw = random.Random(0)
+    outcomes = []
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    node = {"num_cpus": 1, "include_dashboard": False}
+    for _ in range(2):
+        cluster.add_node(**node)
+    ray.init(cluster.address, log_to_driver=False)
+    with TemporaryDirectory() as folder:
+        for turn in range(KILLS):
+            what, run = ("worker", "node", "driver")[turn % 3], Path(folder) / str(turn)
+            process = _driver("search", run, cluster.address)
+            _wait_for(run / "journal.jsonl")
+            time.sleep(draw.uniform(0.0, 6.0))
+            if what == "driver":
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                process = _driver("resume", run, cluster.address)
+            elif what == "node":
+                cluster.remove_node(draw.choice(cluster.worker_nodes), allow_graceful=False)
+                cluster.add_node(**node)
+            else:
+                worker = draw.choice(ray.util.list_named_actors(all_namespaces=True))
+                ray.kill(ray.get_actor(**worker))
+            status = process.wait()
+            trials = [entry["result"] for entry in Run.entries_of(run) if entry["kind"] == "trial"]
+            keys = [(trial["role"], str(trial["policy"])) for trial in trials]
+            whole = status in (0, 3) and len(keys) == len(set(keys)) and (run / "result.json").exists()
+            outcomes.append({"killed": what, "whole": whole, "trials": len(keys)})
+    ray.shutdown()
+    cluster.shutdown()
+    show("kills", ("killed", "whole", "trials"), [tuple(outcome.values()) for outcome in outcomes])
+    return {"kills": outcomes}
+
+
+def _driver(verb: str, run: Path, address: str) -> "subprocess.Popen[bytes]":
+    flags = ["--executor", "ray", "--address", address, "--model", "zoo:resnet8", "--data", "random:3x16x16x10"]
+    flags += ["--engine", "simulated", "--budget", "0.7x", "--trials", "24", "--baseline-trials", "4", "--wave", "8"]
+    flags += ["--calibration-images", "16", "--search-images", "32", "--selection-images", "32", "--finalists", "1"]
+    words = [verb, str(run)] if verb == "resume" else [verb, *flags, "--out", str(run)]
+    return subprocess.Popen([sys.executable, "-m", "autocomp", *words], stdout=subprocess.DEVNULL)
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+PARTS = {part.__name__: part for part in (scaling, many, search, kills)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all where none is named")
+    for name in parser.parse_args().parts or PARTS:
+        print(f"wrote {save('ray', PARTS[name]())}")
+
+
+if __name__ == "__main__":
+    main()
