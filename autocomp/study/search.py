@@ -151,6 +151,10 @@ def search(
     held_out = bench.splits.selection
     selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, prologue.scorer.metric)
     winners = _verified(bench, trials, study, selection, run, observer)
+    for role in ("search", "uniform", "random"):
+        count = len(study.of(role))
+        if count and ("best" if role == "search" else role) not in winners:
+            note(f"{role}: none of its {count} trials held the budgets when timed again, so none is verified")
     trust = gauge(trials, study.results, selection, run, bench.config.seed, observer)
     run.record("choice", contenders={role: found.trial.policy.to_json() for role, (found, _) in winners.items()})
     tested = run.entries("test")
