@@ -73,10 +73,11 @@ def accuracy(run: Path) -> float:
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-def test_a_better_model_takes_the_runs_place(run: Path) -> None:
+@pytest.mark.parametrize("quantization", ["learned", "calibrated"])
+def test_a_better_model_takes_the_runs_place(run: Path, quantization: str) -> None:
     before, files = api.load_result(run), contents(run)
     events: list[Any] = []
-    found = api.finetune(run, GENTLE, events.append)
+    found = api.finetune(run, {**GENTLE, "quantization": quantization}, events.append)
     assert found.replaced and found.reason is None and len(found.losses) == 6 and found.losses[-1] < found.losses[0]
     (phase,) = [event for event in events if isinstance(event, Phase) and event.name == "finetune"]
     assert phase.total == sum(isinstance(event, Step) for event in events)
@@ -90,7 +91,8 @@ def test_a_better_model_takes_the_runs_place(run: Path) -> None:
     assert now.predicted and not now.verified  # the engine only estimates
     model, shipped = (run / "model.onnx").read_bytes(), json.loads((run / "policy.json").read_text())
     assert shipped["onnx_sha256"] == hashlib.sha256(model).hexdigest()
-    assert shipped["training"]["epochs"] == 6 and shipped["training"]["lr"] == 0.05
+    assert shipped["training"]["epochs"] == 6 and shipped["training"]["quantization"] == quantization
+    assert shipped["policy"]["precisions"]
     assert structure_digest(model) == structure_digest(files["model.onnx"]) and model != files["model.onnx"]
     old, new = load(files["weights.safetensors"]), load((run / "weights.safetensors").read_bytes())
     assert {n: a.shape for n, a in old.items()} == {n: a.shape for n, a in new.items()}
