@@ -51,7 +51,7 @@ class SearchConfig:
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
         seed: of every draw.
         executor: where trials run.
-        finetune_epochs: only 0 in this version; ``autocomp finetune`` trains a finished run's model.
+        finetune_epochs: that the best found is trained for after the search, as ``autocomp finetune`` does; 0 for none.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
         out: run folder; None for ``runs/<timestamp>-<model>-<budget>``.
@@ -95,12 +95,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             _at_least(1, name, getattr(self, name))
-        for name in ("seed", "baseline_trials"):
+        for name in ("seed", "baseline_trials", "finetune_epochs"):
             _at_least(0, name, getattr(self, name))
-        if self.finetune_epochs != 0:
-            raise ConfigError(
-                "a search does not fine-tune yet: leave --finetune-epochs at 0, and go on with 'autocomp finetune RUN'"
-            )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"mean has {len(self.mean)} values and std {len(self.std)}: give one of each per channel")
         if self.std is not None and min(self.std) <= 0:

@@ -95,7 +95,7 @@ def search(
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,
     executor: Annotated[Text, typer.Option(help="where trials run [local]")] = None,
-    finetune_epochs: Annotated[Whole, typer.Option(help="only 0 in this version")] = None,
+    finetune_epochs: Annotated[Whole, typer.Option(help="epochs that the best found is trained for [0]")] = None,
     finalists: Annotated[Whole, typer.Option(help="policies that may be verified, at most [3]")] = None,
     wave: Annotated[Whole, typer.Option(help="policies asked for at once [4]")] = None,
     front: Annotated[
