@@ -57,7 +57,7 @@ class SearchConfig:
         workers: actors that score; None for as many as the cluster has room for.
         gpus_per_worker: that each of them takes, a fraction where several share one.
         target_resource: Ray resource of the nodes that measure; None where this machine does.
-        finetune_epochs: only 0 in this version; ``autocomp finetune`` trains a finished run's model.
+        finetune_epochs: that the best found is trained for after the search, as ``autocomp finetune`` does; 0 for none.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
         out: run folder; None for ``runs/<timestamp>-<model>-<budget>``.
@@ -105,17 +105,13 @@ class SearchConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             _at_least(1, name, getattr(self, name))
-        for name in ("seed", "baseline_trials"):
+        for name in ("seed", "baseline_trials", "finetune_epochs"):
             _at_least(0, name, getattr(self, name))
         if not 0 <= self.gpus_per_worker < float("inf"):
             raise ConfigError(f"gpus-per-worker must be at least 0, not {self.gpus_per_worker}")
         for name in ("address", "workers", "target_resource"):
             if self.executor == "local" and getattr(self, name) is not None:
                 raise ConfigError(f"{name.replace('_', '-')} is for a cluster: give --executor ray with it")
-        if self.finetune_epochs != 0:
-            raise ConfigError(
-                "a search does not fine-tune yet: leave --finetune-epochs at 0, and go on with 'autocomp finetune RUN'"
-            )
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ConfigError(f"mean has {len(self.mean)} values and std {len(self.std)}: give one of each per channel")
         if self.std is not None and min(self.std) <= 0:

@@ -12,11 +12,13 @@ from autocomp.graph import LayerGraph, Node
 from autocomp.policy import Policy
 
 __all__ = [
+    "SPREAD",
     "QuantParams",
     "QuantPlan",
     "QuantWeight",
     "activation_params",
     "code_max",
+    "codes_at",
     "place",
     "quantize_weight",
     "quantize_weights",
@@ -30,6 +32,8 @@ PASSING = frozenset(
     {"slice", "pad", "view", "reshape", "flatten", "permute", "transpose"}
     | {"max_pool2d", "dropout", "squeeze", "unsqueeze"}
 )
+SPREAD = 1 / 1024
+"""Smallest scale of a layer's channels, as a fraction of the largest."""
 # Scales below are rounded coarsely or to 0, and engines take them for 0.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 # Operators that run in int8 when all they read is quantized.
@@ -172,7 +176,7 @@ def quantize_weight(weight: NDArray[np.float32], numerics: Numerics, bits: int =
     With 8 bits a channel's largest weight gets the largest code. With fewer the scale is the one of least squared
     error (see `_least_error`), which cuts the largest weights off.
 
-    The scale of a nearly dead channel is kept within 1/1024 of the largest one: engines store the bias in 32 bits in
+    The scale of a nearly dead channel is kept within `SPREAD` of the largest one: engines store the bias in 32 bits in
     units of it, which overflowed otherwise.
 
     Args:
@@ -185,10 +189,16 @@ def quantize_weight(weight: NDArray[np.float32], numerics: Numerics, bits: int =
     largest = code_max(numerics, bits)
     flat = weight.reshape(weight.shape[0], -1)
     bound = np.abs(flat).max(axis=1, initial=0.0)
-    bound = np.maximum(bound, bound.max(initial=0.0) / 1024)
+    bound = np.maximum(bound, bound.max(initial=0.0) * SPREAD)
     scale = np.where(bound >= largest * _SMALLEST, bound / largest, 1.0).astype(np.float32)
     if bits < 8:
         scale = _least_error(flat, scale, largest)
+    return codes_at(weight, scale, numerics, bits)
+
+
+def codes_at(weight: NDArray[np.float32], scale: NDArray[np.float32], numerics: Numerics, bits: int = 8) -> QuantWeight:
+    """Symmetric codes by rounding to nearest at given scales (out,)."""
+    largest = code_max(numerics, bits)
     codes = np.clip(np.rint(weight / _by_channel(scale, weight.ndim)), -largest, largest)
     return QuantWeight(codes.astype(np.int8), scale, bits)
 

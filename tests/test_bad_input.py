@@ -29,7 +29,7 @@ from tests.processes import command
         (["--budget", "2x"], "0.5x"),
         (["--controller", "oracle"], "oracle"),
         (["--executor", "cloud"], "cloud"),
-        (["--finetune-epochs", "3"], "finetune-epochs"),
+        (["--finetune-epochs", "-1"], "finetune-epochs"),
         (["--model", "zoo:resnet8"], "weights"),
         (["--data", "random:3x7"], "random:"),
         (["--hardware", "simulated-phone"], "simulated"),

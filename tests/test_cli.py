@@ -178,7 +178,7 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
     flags = (
         "--model m:f --weights w.pt --data d:f --budget p95:15ms --budget 4MB --engine simulated --hardware board "
         "--threads 2 --batch 8 --space int8 --controller random --trials 5 --baseline-trials 0 --seed 3 "
-        "--executor local --finetune-epochs 0 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
+        "--executor local --finetune-epochs 4 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
         "--calibration-images 10 --search-images 20 --selection-images 30 --out here"
     )
     assert run("search", *flags.split()) == 0
@@ -186,7 +186,7 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
         model="m:f", weights="w.pt", data="d:f", budget=("p95:15ms", "4MB"), engine="simulated", hardware="board",
         threads=2, batch=8, space="int8", controller="random", trials=5, baseline_trials=0, seed=3, finalists=2, wave=6,
         mean=(0.5, 0.4), std=(1.0, 0.9), size=64, calibration_images=10, search_images=20, selection_images=30,
-        out="here",
+        finetune_epochs=4, out="here",
     )  # fmt: skip
     assert api.calls == [("run_search", expected)]
 
@@ -265,7 +265,7 @@ def test_nothing_verified_is_status_3_with_its_table(api: FakeApi, capfd: pytest
         ("search", "no budget was given"),
         ("search --budget 2x", "at most 1x"),
         ("search --budget 15ms --trials 0", "trials must be at least 1"),
-        ("search --budget 15ms --finetune-epochs 3", "leave --finetune-epochs at 0"),
+        ("search --budget 15ms --finetune-epochs -1", "finetune-epochs must be at least 0"),
         ("search --budget 15ms --mean a,b", "mean in the flags must be a list of numbers"),
         ("search --budget 15ms --config gone.toml", "cannot read gone.toml"),
         ("search --budget 15ms --trails 3", "No such option: --trails"),

@@ -145,7 +145,7 @@ def test_counts_below_one_are_refused(flag: str) -> None:
     ("flags", "message"),
     [
         ({"seed": -1}, "seed must be at least 0"),
-        ({"finetune_epochs": 5}, "a search does not fine-tune yet: leave --finetune-epochs at 0"),
+        ({"finetune_epochs": -1}, "finetune-epochs must be at least 0"),
         ({"mean": "0.5,0.5", "std": "1,1,1"}, "one of each per channel"),
         ({"std": "1,0,1"}, "std must be positive"),
     ],

@@ -12,12 +12,14 @@ from typing import Any
 from autocomp.api.common import LIVE, of_live_objects, silent
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
-from autocomp.errors import ConfigError, InfeasibleError, RunError
+from autocomp.errors import CompressError, ConfigError, DataError, InfeasibleError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.report import write_front_report, write_report
 from autocomp.results import TrialResult
+from autocomp.storage import storage_errors
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
+from autocomp.study.finetune import finetune_run, recipe_of
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
@@ -250,4 +252,16 @@ def _conduct(
         write_report(result, run.folder)
     except KeyboardInterrupt:
         raise Interrupted(run.folder, "autocomp report {run}") from None
-    return result
+    epochs = bench.config.finetune_epochs
+    if epochs == 0 or result.best is None:
+        return result
+    try:
+        with storage_errors(run.folder):
+            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer)
+        write_report(found.result, run.folder)
+    except (CompressError, DataError) as error:
+        observer(Note(f"not fine-tuned: {error}"))
+        return result
+    except KeyboardInterrupt:
+        raise Interrupted(run.folder, f"autocomp finetune {{run}} --epochs {epochs}") from None
+    return found.result

@@ -36,6 +36,7 @@ def finetune(
     optimizer: Annotated[Text, typer.Option(help="sgd or adamw [sgd]")] = None,
     schedule: Annotated[Text, typer.Option(help="cosine or one_cycle [cosine]")] = None,
     distillation: Annotated[float | None, typer.Option(help="weight of the uncompressed model's say [0.9]")] = None,
+    quantization: Annotated[Text, typer.Option(help="learned (train int8 as int8) or calibrated [learned]")] = None,
     crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
     flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
     json: AsJson = None,

@@ -12,7 +12,7 @@ from autocomp.compress.statistics import Statistics, collect
 from autocomp.compress.surgery import run
 from autocomp.compress.surrogate import lost_outputs
 from autocomp.compress.tracing import Traced, trace
-from autocomp.compress.tuned import quantize_tuned
+from autocomp.compress.tuned import quantize_learned, quantize_tuned
 
 __all__ = [
     "Compressed",
@@ -29,6 +29,7 @@ __all__ = [
     "export_onnx",
     "logits_of",
     "lost_outputs",
+    "quantize_learned",
     "quantize_tuned",
     "run",
     "structure",

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from autocomp.compress.apply import Compressed
 from autocomp.compress.naming import reason_of
-from autocomp.compress.quantize import fake_quantize
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
+from autocomp.fake_quant import fake_quantize
 from autocomp.graph import LayerGraph
 
 __all__ = ["export_compressed", "export_onnx"]

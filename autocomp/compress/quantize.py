@@ -1,7 +1,7 @@
 """A float model made the one that an engine will compute: codes, scales, and fake quantization in their places."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from autocomp.compress.naming import value_of
 from autocomp.compress.recalibrate import divergence
 from autocomp.compress.rounding import adaround, corrected_biases
 from autocomp.compress.surgery import run, tensors_of
+from autocomp.fake_quant import fake_quantize
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Recipe
 from autocomp.quantization import (
@@ -26,7 +27,7 @@ from autocomp.quantization import (
     round_biases,
 )
 
-__all__ = ["Quantized", "fake_quantize", "params_of", "quantize"]
+__all__ = ["Quantized", "assemble", "params_of", "quantize"]
 
 # Images behind a mean shift, and those (others, where there are enough) that tell whether correcting it helped.
 CORRECTION_IMAGES, HELD_OUT_IMAGES = 64, 64
@@ -83,25 +84,21 @@ def quantize(
     tensors = tensors_of(module)
     params = params_of(place(graph, policy), ranges, numerics)
 
-    def built(weights: Mapping[str, QuantWeight], biases: Mapping[str, Tensor]) -> fx.GraphModule:
-        real = {name: torch.from_numpy(weight.real) for name, weight in weights.items()}
-        made = build({**tensors, **biases, **real})
-        _fake_quantize_activations(made, params, numerics)
-        return made
+    def built(weights: Mapping[str, QuantWeight]) -> fx.GraphModule:
+        return _built(build, tensors, weights, params, numerics)
 
     def finished(weights: Mapping[str, QuantWeight], biases: Mapping[str, Tensor], corrected: bool) -> Quantized:
-        on_grid = round_biases(graph, policy, arrays_of({**tensors, **biases}), weights, params)
-        final = built(weights, {name: torch.from_numpy(bias) for name, bias in on_grid.items()})
-        return Quantized(final, weights, on_grid, params, corrected)
+        made = assemble({**tensors, **biases}, build, graph, policy, weights, params, numerics)
+        return replace(made, bias_corrected=corrected)
 
     weights = quantize_weights(graph, policy, arrays_of(tensors), numerics)
     few_bits = any(weight.bits < 8 for weight in weights.values())
     if few_bits and recipe.rounding == "adaround":
-        weights = adaround(module, built(weights, {}), graph, weights, numerics, recipe, images)
+        weights = adaround(module, built(weights), graph, weights, numerics, recipe, images)
     if recipe.bias_correction == "never" or not weights or (recipe.bias_correction == "auto" and not few_bits):
         return finished(weights, {}, corrected=False)
     layers = place(graph, policy).layers
-    biases = corrected_biases(module, built(weights, {}), graph, layers, images[:CORRECTION_IMAGES])
+    biases = corrected_biases(module, built(weights), graph, layers, images[:CORRECTION_IMAGES])
     corrected = finished(weights, biases, corrected=True)
     if recipe.bias_correction == "always":
         return corrected
@@ -111,13 +108,39 @@ def quantize(
     return corrected if gained else plain
 
 
-def fake_quantize(value: Tensor, scale: float, zero_point: int, smallest: int, largest: int) -> Tensor:
-    """What is left of a value when it is quantized, rounding ties to even, as QuantizeLinear does.
+def assemble(
+    tensors: Mapping[str, Tensor],
+    build: Build,
+    graph: LayerGraph,
+    policy: Policy,
+    weights: Mapping[str, QuantWeight],
+    params: Mapping[str, QuantParams],
+    numerics: Numerics,
+) -> Quantized:
+    """The model that given codes and parameters stand for, biases rounded to the engine's grid.
 
-    torch's own operator takes four times as long on a CPU.
+    Args:
+        tensors: float, of the whole model.
+        build: makes a module around other tensors.
+        policy: normalised.
     """
-    codes = torch.div(value, scale).round_()
-    return codes.clamp_(smallest - zero_point, largest - zero_point).mul_(scale)
+    biases = round_biases(graph, policy, arrays_of(tensors), weights, params)
+    on_grid = {name: torch.from_numpy(bias) for name, bias in biases.items()}
+    module = _built(build, {**tensors, **on_grid}, weights, params, numerics)
+    return Quantized(module, weights, biases, params, bias_corrected=False)
+
+
+def _built(
+    build: Build,
+    tensors: Mapping[str, Tensor],
+    weights: Mapping[str, QuantWeight],
+    params: Mapping[str, QuantParams],
+    numerics: Numerics,
+) -> fx.GraphModule:
+    real = {name: torch.from_numpy(weight.real) for name, weight in weights.items()}
+    module = build({**tensors, **real})
+    _fake_quantize_activations(module, params, numerics)
+    return module
 
 
 def _fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, QuantParams], numerics: Numerics) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autocomp.compress import Compressed, quantize_tuned, to_tensor
+from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_tensor
 from autocomp.config import SearchConfig
 from autocomp.data import Indexed
 from autocomp.engines import initializer_bytes
@@ -21,7 +21,7 @@ from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
 from autocomp.study.verify import Verdict, reference_latency
 from autocomp.study.workbench import Workbench
-from autocomp.train import TrainingRecipe, finetune
+from autocomp.train import TrainingRecipe, finetune, learnable, learned
 
 __all__ = ["Finetuned", "finetune_run", "recipe_of", "training_images"]
 
@@ -100,7 +100,7 @@ def training_images(bench: Workbench) -> Indexed:
 def finetune_run(
     bench: Workbench, run: Run, result: SearchResult, recipe: TrainingRecipe, observer: Observer
 ) -> Finetuned:
-    """Train the best policy's float model, quantize it as the policy says, and let the engine judge.
+    """Train the best policy's model, its integer layers as the engine computes them, and let the engine judge.
 
     The trained model replaces the run's where it is as accurate on the selection split or better, and, if the run's was
     verified, keeps every budget on fresh engines as well. Only then is the test split read. A training that was stopped
@@ -120,8 +120,7 @@ def finetune_run(
     observer(Phase("compress"))
     pruned = bench.emitter.finish(Policy(best.policy.kept, best.policy.dropped))
     checkpoint = run.folder / CHECKPOINT
-    tuned = finetune(pruned.module, bench.traced.module, images, recipe, observer, checkpoint)
-    compressed = _quantized(bench, pruned, tuned.tensors, best.policy)
+    compressed, losses = _trained(bench, pruned, best.policy, images, recipe, observer, checkpoint)
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
     before, after = (_accuracy(bench, file) for file in (old, new))
@@ -132,12 +131,10 @@ def finetune_run(
         verdict = _verdict(bench, run, result, best, new, reference, observer)
         if best.verified and not verdict.admitted:
             reason = verdict.reason
-    run.record(
-        "finetune", recipe=recipe.to_json(), losses=list(tuned.losses), before=before, after=after, reason=reason
-    )
+    run.record("finetune", recipe=recipe.to_json(), losses=list(losses), before=before, after=after, reason=reason)
     if reason is not None or verdict is None:
         observer(Note(f"the trained model does not replace the run's: {reason}"))
-        return Finetuned(result, False, reason, (before, after), None, tuned.losses, recipe)
+        return Finetuned(result, False, reason, (before, after), None, losses, recipe)
     observer(Phase("test"))
     row, base, change = _tested(bench, best, result.reference, verdict, after, (old, new, reference))
     note = (
@@ -155,10 +152,29 @@ def finetune_run(
     run.write("result.json", json.dumps(result.to_json(), indent=2))
     run.set_status("verified" if result.verified else "unverified")
     checkpoint.unlink(missing_ok=True)
-    return Finetuned(result, True, None, (before, after), change, tuned.losses, recipe)
+    return Finetuned(result, True, None, (before, after), change, losses, recipe)
 
 
-def _quantized(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:
+def _trained(
+    bench: Workbench,
+    pruned: Compressed,
+    policy: Policy,
+    images: Indexed,
+    recipe: TrainingRecipe,
+    observer: Observer,
+    checkpoint: Path,
+) -> tuple[Compressed, tuple[float, ...]]:
+    """The model trained and quantized, and the loss of each epoch."""
+    teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, policy)
+    if recipe.quantization == "calibrated" or not start.weights:
+        tuned = finetune(pruned.module, teacher, images, recipe, observer, checkpoint)
+        return _calibrated(bench, pruned, tuned.tensors, policy), tuned.losses
+    tuned = finetune(learnable(start), teacher, images, recipe, observer, checkpoint)
+    tensors, weights, params = learned(start, tuned.tensors)
+    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned.losses
+
+
+def _calibrated(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:
     numerics, logits = bench.backend.capabilities().numerics, bench.statistics.logits
     return quantize_tuned(pruned, tensors, policy, bench.finishing, numerics, to_tensor(bench.images), logits)
 

@@ -7,7 +7,7 @@ from typing import Self
 from autocomp.budget import parse_budgets
 from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
-from autocomp.errors import EngineError, ModelError
+from autocomp.errors import DataError, EngineError, ModelError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
@@ -16,6 +16,7 @@ from autocomp.results import LatencyEstimate, Score, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import Crew, Kit, hire
 from autocomp.study.explain import explained
+from autocomp.study.finetune import training_images
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
 from autocomp.study.guidance import guidance
@@ -194,6 +195,11 @@ def _data_notes(bench: Workbench) -> Sequence[str]:
         )
     if not bench.splits.labelled:
         notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
+    if bench.config.finetune_epochs:
+        try:
+            training_images(bench)
+        except DataError as error:
+            notes.append(str(error))
     if isinstance(bench.backend, PredictedBackend):
         notes.append(bench.backend.note)
     elif not bench.backend.measures:

@@ -25,6 +25,8 @@ __all__ = ["Tuned", "finetune"]
 
 KEEP_EVERY = 500
 """Steps between checkpoints, beside those after each epoch."""
+STATISTICS = ("running_mean", "running_var")
+"""Last names of tensors that no gradient reaches."""
 ORDER, AUGMENTATION = 0, 1
 """Streams of random numbers."""
 
@@ -50,7 +52,8 @@ def finetune(
     observer: Observer,
     checkpoint: Path | None = None,
 ) -> Tuned:
-    """Train every parameter of a module without batch norms or dropout; module and teacher stay as they are.
+    """Train every parameter of a module without dropout; module and teacher stay as they are. Batch norms that were not
+    folded keep their statistics.
 
     Called again with the same arguments after any kind of stop it goes on from the checkpoint, and ends with the same
     bits as without a stop.
@@ -68,7 +71,7 @@ def finetune(
     if len(images) == 0:
         raise DataError("there are no training images: give some, or leave fine-tuning out")
     student = _trainable(module)
-    weights = dict(student.named_parameters())
+    weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     optimizer = _optimizer(weights, recipe)
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     key = _key(module, teacher, images, recipe)
@@ -116,8 +119,8 @@ def finetune(
 
 def _trainable(module: nn.Module) -> nn.Module:
     student = copy.deepcopy(module)
-    for parameter in student.parameters():
-        parameter.requires_grad_(True)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(name.rpartition(".")[2] not in STATISTICS)
     return student
 
 

@@ -12,6 +12,7 @@ __all__ = ["TrainingRecipe"]
 
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "one_cycle"]
+Quantization = Literal["learned", "calibrated"]
 START = 0.04
 """One-cycle begins at this fraction of the peak (Smith and Topin, arXiv:1708.07120, as fastai and PyTorch have it)."""
 
@@ -37,6 +38,8 @@ class TrainingRecipe:
         flip: probability of a horizontal flip.
         temperature, distillation: of the softmax, and weight of the teacher's part of the loss, in [0, 1] (Hinton et
             al., arXiv:1503.02531, section 2).
+        quantization: of a policy's integer layers: ``learned`` trains their weights as codes, with all scales;
+            ``calibrated`` trains in float and calibrates afterwards.
         seed: of the images' order and their augmentation.
     """
 
@@ -55,6 +58,7 @@ class TrainingRecipe:
     flip: float = 0.5
     temperature: float = 4.0
     distillation: float = 0.9
+    quantization: Quantization = "learned"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,7 +77,7 @@ class TrainingRecipe:
         for name in ("crop", "weight_decay", "seed"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
-        for name, known in (("optimizer", Optimizer), ("schedule", Schedule)):
+        for name, known in (("optimizer", Optimizer), ("schedule", Schedule), ("quantization", Quantization)):
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(get_args(known))}")
 

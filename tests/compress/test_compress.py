@@ -13,10 +13,10 @@ from torch import fx, nn
 
 from autocomp.capabilities import Numerics
 from autocomp.compress import Compressed, collect, compress, run, structure, trace
-from autocomp.compress.quantize import fake_quantize
 from autocomp.compress.recalibrate import divergence, recalibrated
 from autocomp.compress.surgery import tensors_of
 from autocomp.errors import CompressError, DataError, InputError
+from autocomp.fake_quant import fake_quantize
 from autocomp.policy import INT8, Policy, Recipe
 from autocomp.quantization import QuantParams, activation_params, place
 from tests.compress.conftest import UNSIGNED, Case

@@ -14,13 +14,14 @@ import torch
 from safetensors.numpy import load, save
 
 from autocomp import api
-from autocomp.api import delivering
+from autocomp.api import delivering, searching
 from autocomp.config import SearchConfig
 from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.errors import ConfigError, DataError, InputError, RunError
 from autocomp.outcome import Phase, Step
+from autocomp.study.conduct import Interrupted
 from autocomp.study.run import Run
 from autocomp.study.verify import Verdict
 from autocomp.train import TrainingRecipe, finetune
@@ -73,10 +74,11 @@ def accuracy(run: Path) -> float:
     return float((logits.argmax(axis=1) == labels).mean())
 
 
-def test_a_better_model_takes_the_runs_place(run: Path) -> None:
+@pytest.mark.parametrize("quantization", ["learned", "calibrated"])
+def test_a_better_model_takes_the_runs_place(run: Path, quantization: str) -> None:
     before, files = api.load_result(run), contents(run)
     events: list[Any] = []
-    found = api.finetune(run, GENTLE, events.append)
+    found = api.finetune(run, {**GENTLE, "quantization": quantization}, events.append)
     assert found.replaced and found.reason is None and len(found.losses) == 6 and found.losses[-1] < found.losses[0]
     (phase,) = [event for event in events if isinstance(event, Phase) and event.name == "finetune"]
     assert phase.total == sum(isinstance(event, Step) for event in events)
@@ -90,7 +92,8 @@ def test_a_better_model_takes_the_runs_place(run: Path) -> None:
     assert now.predicted and not now.verified  # the engine only estimates
     model, shipped = (run / "model.onnx").read_bytes(), json.loads((run / "policy.json").read_text())
     assert shipped["onnx_sha256"] == hashlib.sha256(model).hexdigest()
-    assert shipped["training"]["epochs"] == 6 and shipped["training"]["lr"] == 0.05
+    assert shipped["training"]["epochs"] == 6 and shipped["training"]["quantization"] == quantization
+    assert shipped["policy"]["precisions"]
     assert structure_digest(model) == structure_digest(files["model.onnx"]) and model != files["model.onnx"]
     old, new = load(files["weights.safetensors"]), load((run / "weights.safetensors").read_bytes())
     assert {n: a.shape for n, a in old.items()} == {n: a.shape for n, a in new.items()}
@@ -135,14 +138,53 @@ def test_a_verified_run_keeps_its_budgets_or_its_model(run: Path, monkeypatch: p
     assert again.result.best is not None and again.result.best.latency == replace(best.latency, samples=7)
 
 
-def test_without_training_images_the_run_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare = delivering.prepare
+def test_a_search_fine_tunes_its_best_as_the_command_does(run: Path, tmp_path: Path) -> None:
+    stored = json.loads((run / "manifest.json").read_text())["config"]
+    config = replace(SearchConfig.from_json(stored), finetune_epochs=2, out=str(tmp_path / "whole"))
 
-    def without(*arguments: Any) -> Any:
+    def stopped(event: Any) -> None:
+        if isinstance(event, Phase) and event.name == "selection" and (tmp_path / "whole" / "finetune.pt").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match=r"go on with: autocomp finetune .*whole --epochs 2"):
+        api.run_search(config, stopped)
+    searched = contents(run)
+    same = {"model.onnx", "weights.safetensors"}
+    assert same <= contents(tmp_path / "whole").keys()
+    assert all(contents(tmp_path / "whole")[name] == searched[name] for name in same)
+    assert (tmp_path / "whole" / "report.md").exists()
+    went_on = api.finetune(tmp_path / "whole", {"epochs": 2})
+    apart = api.finetune(run, {"epochs": 2})
+    assert went_on.replaced == apart.replaced and went_on.losses == apart.losses
+    assert all(contents(tmp_path / "whole")[name] == contents(run)[name] for name in same)
+    found = api.run_search(replace(config, out=str(tmp_path / "once")))
+    assert all(contents(tmp_path / "once")[name] == contents(run)[name] for name in same)
+    assert found.best is not None and apart.result.best is not None
+    assert found.best.test_accuracy == apart.result.best.test_accuracy
+    assert api.load_result(tmp_path / "once") == replace(found, front=api.load_result(tmp_path / "once").front)
+
+
+def without_training(prepare: Any) -> Any:
+    def prepared(*arguments: Any) -> Any:
         bench = prepare(*arguments)
         return replace(bench, splits=replace(bench.splits, train=None))
 
-    monkeypatch.setattr(delivering, "prepare", without)
+    return prepared
+
+
+def test_a_search_without_training_images_says_so(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "prepare", without_training(searching.prepare))
+    stored = json.loads((run / "manifest.json").read_text())["config"]
+    config = replace(SearchConfig.from_json(stored), finetune_epochs=2, out=str(tmp_path / "plain"))
+    events: list[Any] = []
+    found = api.run_search(config, events.append)
+    assert any("no training images" in note and "quantized after training alone" in note for note in found.notes)
+    assert not any(isinstance(event, Phase) and event.name == "finetune" for event in events)
+    assert (tmp_path / "plain" / "model.onnx").read_bytes() == (run / "model.onnx").read_bytes()
+
+
+def test_without_training_images_the_run_stays(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivering, "prepare", without_training(delivering.prepare))
     before = contents(run)
     with pytest.raises(DataError, match="no training images: the run stays as it is, quantized after training alone"):
         api.finetune(run, GENTLE)

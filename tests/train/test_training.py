@@ -255,6 +255,7 @@ def test_bad_input_is_refused() -> None:
         ({"crop": -1}, "crop must not be negative"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion': use sgd or adamw"),
         ({"schedule": "steps"}, "unknown schedule 'steps': use cosine or one_cycle"),
+        ({"quantization": "none"}, "unknown quantization 'none': use learned or calibrated"),
     ],
 )
 def test_a_bad_recipe_is_refused(change: dict[str, Any], said: str) -> None:
