@@ -159,8 +159,11 @@ def _front_run(
         return _conduct(bench, prologue, run, observer, earlier)
 
 
-def resume(run: Path, observer: Observer | None = None) -> SearchResult:
+def resume(run: Path, observer: Observer | None = None, address: str | None = None) -> SearchResult:
     """Go on with a run after any kind of stop; no finished trial is evaluated again.
+
+    Args:
+        address: of another Ray cluster than the run began on.
 
     Raises:
         RunError: the folder is no run, is in use, is damaged, or something it depends on has changed.
@@ -172,6 +175,8 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
         with suppress(RunError):  # without a whole result, it is made again from the journal
             return load_result(run)
     config = SearchConfig.from_json(manifest.config)
+    if address is not None:
+        config = replace(config, address=address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or silent
