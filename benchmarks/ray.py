@@ -201,7 +201,9 @@ def kills(runs: int) -> dict[str, Any]:
                 process.wait()
                 process = _driver("resume", run, cluster.address)
             elif what == "node":
-                cluster.remove_node(draw.choice(cluster.worker_nodes), allow_graceful=False)
+                cluster.remove_node(
+                    draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False
+                )
                 cluster.add_node(**node)
             else:
                 worker = draw.choice(ray.util.list_named_actors(all_namespaces=True))

@@ -29,6 +29,8 @@ from tests.processes import command
         (["--budget", "2x"], "0.5x"),
         (["--controller", "oracle"], "oracle"),
         (["--executor", "cloud"], "cloud"),
+        (["--executor", "ray", "--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
+        (["--workers", "4"], "--executor ray"),
         (["--finetune-epochs", "3"], "finetune-epochs"),
         (["--model", "zoo:resnet8"], "weights"),
         (["--data", "random:3x7"], "random:"),

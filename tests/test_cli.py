@@ -178,7 +178,8 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
     flags = (
         "--model m:f --weights w.pt --data d:f --budget p95:15ms --budget 4MB --engine simulated --hardware board "
         "--threads 2 --batch 8 --space int8 --controller random --trials 5 --baseline-trials 0 --seed 3 "
-        "--executor ray --address auto --workers 3 --gpus-per-worker 0.5 --target-resource board --finetune-epochs 0 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
+        "--executor ray --address auto --workers 3 --gpus-per-worker 0.5 --target-resource board "
+        "--finetune-epochs 0 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
         "--calibration-images 10 --search-images 20 --selection-images 30 --out here"
     )
     assert run("search", *flags.split()) == 0

@@ -18,6 +18,7 @@ from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.report import write_front_report, write_report
 from autocomp.results import TrialResult
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
+from autocomp.study.executors import check_executor
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
@@ -86,7 +87,7 @@ def run_search(
     watch = observer or silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
-    bench = prepare(config, watch, model, splits)
+    bench = _prepared(config, watch, model, splits)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
         try:
             return _conduct(bench, prologue, run, watch)
@@ -110,7 +111,7 @@ def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     configs = front_configs(config, folder)
     refuse_other_settings(configs)
-    bench = prepare(configs[0], watch)
+    bench = _prepared(configs[0], watch)
     points: list[FrontPoint] = []
     earlier: list[TrialResult] = []
     with begin(bench) as prologue:
@@ -182,7 +183,7 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
     watch = observer or silent
     with Run.open(run) as opened:
         try:
-            bench = prepare(config, watch)
+            bench = _prepared(config, watch)
             refuse_changes(opened, bench)
             prologue = begin(bench)
         except KeyboardInterrupt:
@@ -240,7 +241,7 @@ def retarget(
     folder = out if out is not None else default_folder(config, datetime.now())
     config = replace(config, out=str(folder))
     refuse_taken(folder)
-    bench = prepare(config, watch)
+    bench = _prepared(config, watch)
     heritage = heritage_of(run, bench, watch)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as opened:
         heritage.write(folder)
@@ -256,3 +257,11 @@ def _conduct(
     except KeyboardInterrupt:
         raise Interrupted(run.folder, "autocomp report {run}") from None
     return result
+
+
+def _prepared(
+    config: SearchConfig, observer: Observer, model: LoadedModel | None = None, splits: Splits | None = None
+) -> Workbench:
+    """As `prepare`, once those who are to do the trials have answered."""
+    check_executor(config)
+    return prepare(config, observer, model, splits)
