@@ -16,8 +16,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,7 +43,6 @@ from autocomp.study.workbench import prepare
 from autocomp.study.worker import Answer, ScoreTask
 from benchmarks.common import save, show
 
-KILLS = 20
 MODEL = SearchConfig(
     model="zoo:resnet20", data="random:3x32x32x10", engine="simulated", budget=("0.7x",), calibration_images=64,
     search_images=64, selection_images=64,
@@ -123,7 +123,7 @@ def planned(trials: int, wave: int) -> tuple[Plan, Timed]:
 
 def scaling() -> dict[str, Any]:
     """1 s evaluations on 1 to 8 actors, sixteen on each."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     rows = []
     for actors in (1, 2, 4, 8):
         plan, _ = planned(16 * actors if actors > 1 else 16, 16 * actors)
@@ -137,7 +137,7 @@ def scaling() -> dict[str, Any]:
 
 def many() -> dict[str, Any]:
     """20 s evaluations on 256 workers in 8 processes, four on each."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     plan, controller = planned(1024, 256)
     elapsed = sleep_through(8, 256, 20.0, plan)
     ray.shutdown()
@@ -181,7 +181,7 @@ def search() -> dict[str, Any]:
     return {"search": found}
 
 
-def kills() -> dict[str, Any]:
+def kills(runs: int) -> dict[str, Any]:
     """Searches with a worker, a node or the driver killed at a random moment; each must end whole."""
     draw = random.Random(0)
     outcomes = []
@@ -191,7 +191,7 @@ def kills() -> dict[str, Any]:
         cluster.add_node(**node)
     ray.init(cluster.address, log_to_driver=False)
     with TemporaryDirectory() as folder:
-        for turn in range(KILLS):
+        for turn in range(runs):
             what, run = ("worker", "node", "driver")[turn % 3], Path(folder) / str(turn)
             process = _driver("search", run, cluster.address)
             _wait_for(run / "journal.jsonl")
@@ -201,7 +201,9 @@ def kills() -> dict[str, Any]:
                 process.wait()
                 process = _driver("resume", run, cluster.address)
             elif what == "node":
-                cluster.remove_node(draw.choice(cluster.worker_nodes), allow_graceful=False)
+                cluster.remove_node(
+                    draw.choice(sorted(cluster.worker_nodes, key=lambda node: node.node_id)), allow_graceful=False
+                )
                 cluster.add_node(**node)
             else:
                 worker = draw.choice(ray.util.list_named_actors(all_namespaces=True))
@@ -231,14 +233,15 @@ def _wait_for(path: Path) -> None:
         time.sleep(0.05)
 
 
-PARTS = {part.__name__: part for part in (scaling, many, search, kills)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all where none is named")
-    for name in parser.parse_args().parts or PARTS:
-        print(f"wrote {save('ray', PARTS[name]())}")
+    parser.add_argument("--kills", type=int, default=20, help="searches in which something is killed [20]")
+    parser.add_argument("parts", nargs="*", help="all where none is named")
+    given = parser.parse_args()
+    parts: dict[str, Callable[[], dict[str, Any]]]
+    parts = {"scaling": scaling, "many": many, "search": search, "kills": partial(kills, given.kills)}
+    for name in given.parts or parts:
+        print(f"wrote {save('ray', parts[name]())}")
 
 
 if __name__ == "__main__":

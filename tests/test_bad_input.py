@@ -30,6 +30,8 @@ from tests.processes import command
         (["--controller", "oracle"], "oracle"),
         (["--executor", "cloud"], "cloud"),
         (["--finetune-epochs", "-1"], "finetune-epochs"),
+        (["--executor", "ray", "--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),
+        (["--workers", "4"], "--executor ray"),
         (["--model", "zoo:resnet8"], "weights"),
         (["--data", "random:3x7"], "random:"),
         (["--hardware", "simulated-phone"], "simulated"),

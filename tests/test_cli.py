@@ -75,9 +75,9 @@ class FakeApi:
         os.write(1, b"a native library chats\n")
         return self._answer("run_search", config)
 
-    def resume(self, run: Path, observer: Callable[..., None]) -> Any:
+    def resume(self, run: Path, observer: Callable[..., None], address: str | None) -> Any:
         observer(Phase("search", 4))
-        return self._answer("resume", run)
+        return self._answer("resume", run, *([] if address is None else [address]))
 
     def retarget(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], out: Path | None) -> Any:
         return self._answer("retarget", run, settings, out)
@@ -178,7 +178,8 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
     flags = (
         "--model m:f --weights w.pt --data d:f --budget p95:15ms --budget 4MB --engine simulated --hardware board "
         "--threads 2 --batch 8 --space int8 --controller random --trials 5 --baseline-trials 0 --seed 3 "
-        "--executor local --finetune-epochs 4 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
+        "--executor ray --address auto --workers 3 --gpus-per-worker 0.5 --target-resource board "
+        "--finetune-epochs 4 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
         "--calibration-images 10 --search-images 20 --selection-images 30 --out here"
     )
     assert run("search", *flags.split()) == 0
@@ -186,7 +187,8 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
         model="m:f", weights="w.pt", data="d:f", budget=("p95:15ms", "4MB"), engine="simulated", hardware="board",
         threads=2, batch=8, space="int8", controller="random", trials=5, baseline_trials=0, seed=3, finalists=2, wave=6,
         mean=(0.5, 0.4), std=(1.0, 0.9), size=64, calibration_images=10, search_images=20, selection_images=30,
-        finetune_epochs=4, out="here",
+        finetune_epochs=4,
+        out="here", executor="ray", address="auto", workers=3, gpus_per_worker=0.5, target_resource="board",
     )  # fmt: skip
     assert api.calls == [("run_search", expected)]
 
@@ -297,6 +299,8 @@ def test_bugs_are_not_hidden(api: FakeApi) -> None:
 def test_resume_names_the_run(api: FakeApi) -> None:
     assert run("resume", "runs/x") == 0
     assert api.calls == [("resume", Path("runs/x"))]
+    assert run("resume", "runs/x", "--address", "auto") == 0
+    assert api.calls[1:] == [("resume", Path("runs/x"), "auto")]
 
 
 def test_apply_passes_policy_and_settings_without_a_budget(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from autocomp.report import write_front_report, write_report
 from autocomp.results import TrialResult
 from autocomp.storage import storage_errors
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
+from autocomp.study.executors import check_executor
 from autocomp.study.finetune import finetune_run, recipe_of
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
@@ -89,7 +90,7 @@ def run_search(
     watch = observer or silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
-    bench = prepare(config, watch, model, splits)
+    bench = _prepared(config, watch, model, splits)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
         try:
             return _conduct(bench, prologue, run, watch)
@@ -113,7 +114,7 @@ def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     configs = front_configs(config, folder)
     refuse_other_settings(configs)
-    bench = prepare(configs[0], watch)
+    bench = _prepared(configs[0], watch)
     points: list[FrontPoint] = []
     earlier: list[TrialResult] = []
     with begin(bench) as prologue:
@@ -162,8 +163,11 @@ def _front_run(
         return _conduct(bench, prologue, run, observer, earlier)
 
 
-def resume(run: Path, observer: Observer | None = None) -> SearchResult:
+def resume(run: Path, observer: Observer | None = None, address: str | None = None) -> SearchResult:
     """Go on with a run after any kind of stop; no finished trial is evaluated again.
+
+    Args:
+        address: of another Ray cluster than the run began on.
 
     Raises:
         RunError: the folder is no run, is in use, is damaged, or something it depends on has changed.
@@ -175,12 +179,14 @@ def resume(run: Path, observer: Observer | None = None) -> SearchResult:
         with suppress(RunError):  # without a whole result, it is made again from the journal
             return load_result(run)
     config = SearchConfig.from_json(manifest.config)
+    if address is not None:
+        config = replace(config, address=address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or silent
     with Run.open(run) as opened:
         try:
-            bench = prepare(config, watch)
+            bench = _prepared(config, watch)
             refuse_changes(opened, bench)
             prologue = begin(bench)
         except KeyboardInterrupt:
@@ -237,7 +243,7 @@ def retarget(
     folder = out if out is not None else default_folder(config, datetime.now())
     config = replace(config, out=str(folder))
     refuse_taken(folder)
-    bench = prepare(config, watch)
+    bench = _prepared(config, watch)
     heritage = heritage_of(run, bench, watch)
     with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as opened:
         heritage.write(folder)
@@ -265,3 +271,11 @@ def _conduct(
     except KeyboardInterrupt:
         raise Interrupted(run.folder, f"autocomp finetune {{run}} --epochs {epochs}") from None
     return found.result
+
+
+def _prepared(
+    config: SearchConfig, observer: Observer, model: LoadedModel | None = None, splits: Splits | None = None
+) -> Workbench:
+    """As `prepare`, once those who are to do the trials have answered."""
+    check_executor(config)
+    return prepare(config, observer, model, splits)

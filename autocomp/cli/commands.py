@@ -9,6 +9,7 @@ import typer
 
 from autocomp.cli.engines import add_engine_commands
 from autocomp.cli.flags import (
+    Address,
     AsJson,
     Batch,
     Budgets,
@@ -95,7 +96,7 @@ def search(
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,
     executor: Annotated[Text, typer.Option(help="where trials run: local or ray [local]")] = None,
-    address: Annotated[Text, typer.Option(help="Ray cluster: auto, local or ray://HOST:PORT [a running one]")] = None,
+    address: Address = None,
     workers: Annotated[Whole, typer.Option(help="Ray actors that score [as many as fit]")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs, or a fraction, for each of them [0]")] = None,
     target_resource: Annotated[Text, typer.Option(help="Ray resource of nodes that measure [this machine]")] = None,
@@ -141,6 +142,7 @@ def search(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="run folder")],
+    address: Address = None,
     json: AsJson = None,
 ) -> None:
     """Go on with a search that was stopped; no finished trial is lost."""
@@ -149,7 +151,7 @@ def resume(
     def work(observer: "Observer") -> "SearchResult":
         from autocomp import api
 
-        return api.resume(run, observer)
+        return api.resume(run, observer, address)
 
     _conduct(work, print_result, as_json=bool(json))
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "Address",
     "AsJson",
     "Batch",
     "Budgets",
@@ -49,6 +50,7 @@ Size = Annotated[Whole, typer.Option(help="side of the square input, in pixels")
 Space = Annotated[Text, typer.Option(help="search space, by name or file [default]")]
 Seed = Annotated[Whole, typer.Option(help="of every draw [0]")]
 CalibrationImages = Annotated[Whole, typer.Option(help="images for ranges and reconstruction [1024]")]
+Address = Annotated[Text, typer.Option(help="Ray cluster: auto, local or ray://HOST:PORT [a running one]")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with these names as keys [autocomp.toml where present]")]
 AsJson = Annotated[bool | None, typer.Option("--json/--no-json", help="print one JSON object and nothing else")]
 

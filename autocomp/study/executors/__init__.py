@@ -26,10 +26,8 @@ def check_executor(config: SearchConfig) -> None:
     """Refuse what cannot work before anything is loaded.
 
     Raises:
-        ConfigError: an unknown executor, or a cluster that does not answer or does not suffice.
+        ConfigError: a cluster that does not answer or does not suffice.
     """
-    if config.executor not in EXECUTORS:
-        raise ConfigError(f"unknown executor {config.executor!r}: use {' or '.join(EXECUTORS)}")
     if config.executor == "ray":
         _ray().check(config)
 

@@ -125,6 +125,7 @@ class Pool:
         if member in self.members:
             self.members.remove(member)
             self.lost += 1
+            self._missing_since = monotonic()
             ray.kill(member.actor)  # where it is only unreachable: its answer must not come twice
             self._hire()
 
