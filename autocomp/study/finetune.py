@@ -23,7 +23,7 @@ from autocomp.study.verify import Verdict, reference_latency
 from autocomp.study.workbench import Workbench
 from autocomp.train import TrainingRecipe, finetune, learnable, learned
 
-__all__ = ["Finetuned", "finetune_run", "recipe_of", "training_images"]
+__all__ = ["Finetuned", "finetune_run", "recipe_of", "trained", "training_images"]
 
 CHECKPOINT = "finetune.pt"
 BEFORE = "untuned"
@@ -117,10 +117,8 @@ def finetune_run(
         raise RunError(f"{run.folder} shipped no model: there is nothing to fine-tune")
     images = training_images(bench)
     old, reference = shipped_files(run.folder)
-    observer(Phase("compress"))
-    pruned = bench.emitter.finish(Policy(best.policy.kept, best.policy.dropped))
     checkpoint = run.folder / CHECKPOINT
-    compressed, losses = _trained(bench, pruned, best.policy, images, recipe, observer, checkpoint)
+    compressed, losses = trained(bench, best.policy, images, recipe, observer, checkpoint)
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
     before, after = (_accuracy(bench, file) for file in (old, new))
@@ -155,16 +153,24 @@ def finetune_run(
     return Finetuned(result, True, None, (before, after), change, losses, recipe)
 
 
-def _trained(
+def trained(
     bench: Workbench,
-    pruned: Compressed,
     policy: Policy,
     images: Indexed,
     recipe: TrainingRecipe,
     observer: Observer,
     checkpoint: Path,
 ) -> tuple[Compressed, tuple[float, ...]]:
-    """The model trained and quantized, and the loss of each epoch."""
+    """A policy's model trained and quantized, and the mean training loss of each epoch.
+
+    Args:
+        checkpoint: file that a stopped training goes on from.
+
+    Raises:
+        DataError, CompressError: as `finetune`.
+    """
+    observer(Phase("compress"))
+    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
     teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, policy)
     if recipe.quantization == "calibrated" or not start.weights:
         tuned = finetune(pruned.module, teacher, images, recipe, observer, checkpoint)

@@ -50,6 +50,11 @@ def started(
     return float_, whole
 
 
+def noise(count: int, size: int) -> ArraySplit:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+    return ArraySplit(pixels, np.zeros(count, np.int64), np.arange(count), IMAGENET, "noise")
+
+
 @pytest.mark.parametrize(
     ("net", "bits", "numerics", "rounding"),
     [
@@ -89,12 +94,24 @@ def test_weights_scales_and_ranges_learn_and_moved_values_share(mixed: Case) -> 
     assert {name for name in learning if name.endswith("_step")} == steps
 
 
+def test_norms_that_were_not_folded_keep_their_statistics(mixed: Case) -> None:
+    pruned, start = started(mixed, policies(mixed))
+    norms = [name for name in pruned.tensors if name.rpartition(".")[2] in ("running_mean", "running_var")]
+    assert norms
+    recipe = TrainingRecipe(epochs=1, batch=16, crop=0, flip=0.0)
+    for module in (pruned.module, learnable(start)):
+        tuned = finetune(module, None, noise(32, 16), recipe, lambda event: None)
+        assert not tuned.tensors.keys() & set(norms)
+        assert not np.array_equal(tuned.tensors["joint_bn.weight"], pruned.tensors["joint_bn.weight"])
+    tensors, weights, params = learned(start, tuned.tensors)
+    found = quantize_learned(pruned, tensors, start.policy, weights, params, UNSIGNED)
+    assert all(np.array_equal(found.tensors[name], pruned.tensors[name]) for name in norms)
+
+
 def test_the_engine_computes_what_was_trained(chain: Case) -> None:
     pruned, start = started(chain, policies(chain))
     student, recipe = learnable(start), TrainingRecipe(epochs=1, batch=32, lr=0.05, ema=0.0, crop=0, flip=0.0)
-    pixels = np.random.default_rng(0).integers(0, 256, (128, 8, 8, 3), np.uint8)
-    noise = ArraySplit(pixels, np.zeros(128, np.int64), np.arange(128), IMAGENET, "noise")
-    tuned = finetune(student, chain.traced.module, noise, recipe, lambda event: None)
+    tuned = finetune(student, chain.traced.module, noise(128, 8), recipe, lambda event: None)
     tensors, weights, params = learned(start, tuned.tensors)
     found = quantize_learned(pruned, tensors, start.policy, weights, params, start.numerics)
     student.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in tuned.tensors.items()})
