@@ -126,7 +126,7 @@ def test_equal_seeds_give_equal_runs_on_the_simulated_engine(tmp_path: Path) -> 
     pd.testing.assert_frame_equal(stable(first.run), stable(second.run))
     assert first.contenders == second.contenders
     assert first.predicted and not first.verified
-    tight = run_search(simulated(tmp_path / "tight", budget=("0.15x",), baseline_trials=1))
+    tight = run_search(simulated(tmp_path / "tight", budget=("0.25x",), baseline_trials=1))
     for role in ("uniform", "random"):  # one that is missing from the table is accounted for
         assert (role in tight.contenders) != any(
             note.startswith(f"{role}: none of its 1 trials") for note in tight.notes
