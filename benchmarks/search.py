@@ -176,17 +176,12 @@ def curve(bench: Bench, name: str, seed: int, evaluations: int) -> tuple[list[Po
     return points, spent
 
 
-def at(points: Sequence[Point], within: Callable[[Point], bool]) -> Point | None:
-    """The last improvement within a bound."""
-    return next((point for point in reversed(points) if within(point)), None)
-
-
 def summary(found: Mapping[str, Sequence[Sequence[Point]]]) -> list[list[object]]:
-    """Means over seeds: at `JUDGED` evaluations, at all, and of guided at the same time."""
+    """Means over seeds: after `JUDGED` evaluations, and after all."""
     rows: list[list[object]] = []
     for name, curves in found.items():
         ends = [points[-1] for points in curves if points]
-        early = [point for points in curves if (point := at(points, lambda p: p.evaluations <= JUDGED))]
+        early = [own[-1] for points in curves if (own := [p for p in points if p.evaluations <= JUDGED])]
         rows.append([name, len(curves), *_means(early, len(curves)), *_means(ends, len(curves))])
     return rows
 

@@ -258,9 +258,14 @@ def _conduct(
         write_report(result, run.folder)
     except KeyboardInterrupt:
         raise Interrupted(run.folder, "autocomp report {run}") from None
-    epochs = bench.config.finetune_epochs
-    if epochs == 0 or result.best is None:
+    if bench.config.finetune_epochs == 0 or result.best is None:
         return result
+    return _trained(bench, run, result, observer)
+
+
+def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer) -> SearchResult:
+    """A finished search's result after the fine-tuning that its configuration asks for."""
+    epochs = bench.config.finetune_epochs
     try:
         with storage_errors(run.folder):
             found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer)
