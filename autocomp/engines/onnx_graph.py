@@ -242,7 +242,7 @@ class _Writer:
         weight = self._tensors.get(layer.weight)
         if weight is None:
             weight = numpy_helper.to_array(self._template.initializers[layer.weight])
-        group = weight.shape[0] if layer.depthwise else layer.groups
+        group = layer.groups_of(weight.shape[0])
         if layer.groups > 1:
             next(entry for entry in node.attribute if entry.name == "group").i = group
         if layer.bias in self._tensors and len(node.input) < 3:
