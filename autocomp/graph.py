@@ -67,7 +67,7 @@ class Layer:
         return self.groups > 1 and self.groups == self.weight_shape[0] and self.weight_shape[1] == 1
 
     def groups_of(self, channels: int) -> int:
-        """How many groups a convolution has left with so many of its output channels: grouped ones lose whole groups."""
+        """How many groups a convolution has left with so many output channels: grouped ones lose whole groups."""
         return 1 if self.groups == 1 else channels // (self.weight_shape[0] // self.groups)
 
 
