@@ -66,6 +66,10 @@ class Layer:
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.weight_shape[0] and self.weight_shape[1] == 1
 
+    def groups_of(self, channels: int) -> int:
+        """How many groups a convolution has left with so many output channels: grouped ones lose whole groups."""
+        return 1 if self.groups == 1 else channels // (self.weight_shape[0] // self.groups)
+
 
 @dataclass(frozen=True, slots=True)
 class Member:

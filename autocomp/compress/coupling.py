@@ -1,187 +1,134 @@
-"""Which channels must be pruned together: torch-pruning's dependency graph, translated into plain data.
+"""Which channels must be pruned together, as plain data.
 
-Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, section 3 (the dependency graph and its groups).
+The idea of a graph of dependencies between channels is that of Fang et al., DepGraph: Towards Any Structural Pruning
+(CVPR 2023, section 3); here every element of every value is followed instead (`following`), so that no operator needs
+a rule that says how its input's channels lie in its output.
 """
 
-import copy
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-import torch_pruning
-from torch import Tensor, nn
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, fx
 
-from autocomp.compress.naming import reason_of
+from autocomp.compress.channels import cut_axis
+from autocomp.compress.following import Followed, follow
+from autocomp.compress.sizes import Pieces, free_sizes, pieces_of
 from autocomp.graph import Group, Layer, Member
 
 __all__ = ["Coupling", "admit", "couple"]
 
 T = TypeVar("T")
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Passed over by torch-pruning with indices that a graph keeps as constants.
-_INDEXED = ("SPLIT", "UNBIND", "SLICE", "EXPAND")
-
 
 @dataclass(frozen=True)
 class Coupling:
-    """Groups of coupled channels, and the layers whose channels cannot be pruned with the reason for each."""
+    """Groups of coupled channels, and the layers whose channels cannot be pruned with the reason for each.
 
+    Attributes:
+        module: computes what the model did, with sizes that follow those of its tensors.
+    """
+
+    module: fx.GraphModule
     groups: tuple[Group, ...]
     left_whole: Mapping[str, str]
 
 
-class _UnfitError(Exception):
-    """A group that the plain form cannot hold; the message is the reason."""
-
-
 def couple(
-    model: nn.Module,
+    module: fx.GraphModule,
     example: Tensor,
     layers: Sequence[Layer],
-    parameters: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, str],
     shared: frozenset[str],
 ) -> Coupling:
     """Find the groups of channels that are written by the model's layers.
 
     Args:
-        model: as the user gave it (batch norms not folded); copied, not changed.
-        example: (n, ...).
+        module: traced; not changed.
+        example: (n, ...), n at least 2.
         layers: of the traced graph, in topological order.
-        parameters: name -> shape in the traced graph; members that were folded away are left out.
+        names: node -> layer that it is a use of.
         shared: names of layers whose weight several operators read.
 
     Returns:
         candidates, in the order of their first writing layer. Whether they can really be pruned is for a trial.
     """
-    model = copy.deepcopy(model).requires_grad_(True)
-    names = {module: name for name, module in model.named_modules()}
-    by_name = {layer.name: layer for layer in layers}
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            graph = torch_pruning.DependencyGraph().build_dependency(model, example, verbose=False)
-    except Exception as error:  # another library walks the user's code: anything can come out of it
-        reason = f"torch-pruning cannot trace the model ({reason_of(error)})"
-        return Coupling((), {layer.name: reason for layer in layers})
-    groups: list[Group] = []
-    whole: dict[str, str] = {}
-    modules = dict(model.named_modules())
-    visited: set[str] = set()
+    followed = follow(module, example, names, shared)
+    pieces = pieces_of(followed)
+    groups = _groups(_axes(followed, pieces), layers)
+    return Coupling(free_sizes(module, followed, pieces), groups, _whole(followed, layers, groups))
+
+
+def _axes(followed: Followed, pieces: Sequence[Pieces]) -> dict[tuple[str, int], NDArray[np.int64]]:
+    """(parameter, axis) -> classes along it, of everything that a cut changes."""
+    channels = followed.channels
+    axes = {key: channels.classes(labels) for key, labels in followed.axes.items()}
+    for name, labels in followed.free.items():
+        found = channels.classes(labels)
+        if (axis := cut_axis(found)) is not None:
+            axes[name, axis] = found.movedim(axis, 0).flatten(1)[:, 0] if found.ndim > 1 else found
+    for entry in pieces:
+        axes |= {(name, 0): labels for name, labels in zip(entry.names, entry.labels, strict=True)}
+    return {key: labels.numpy() for key, labels in axes.items()}
+
+
+def _groups(axes: Mapping[tuple[str, int], NDArray[np.int64]], layers: Sequence[Layer]) -> tuple[Group, ...]:
+    """Classes that a layer writes, those together that lie equally often on each axis; at least two of them.
+
+    Args:
+        axes: (parameter, axis) -> class of each position, 0 where it stays; in topological order.
+    """
+    names, index = np.unique(np.concatenate([*axes.values(), np.zeros(1, np.int64)]), return_inverse=True)
+    parts = dict(zip(axes, np.split(index, np.cumsum([len(vector) for vector in axes.values()]))[:-1], strict=True))
+    order = {(layer.weight, 0): index for index, layer in enumerate(layers)}
+    writer = np.full(len(names), len(layers))
+    place = np.zeros(len(names), np.int64)  # first position on the writer's axis
+    counts = np.zeros((len(names), 2), np.uint64)  # sums of counts times random numbers tell sets of axes apart
+    random = np.random.default_rng(0)
+    for key, part in parts.items():
+        present, first, count = np.unique(part, return_index=True, return_counts=True)
+        counts[present] += count[:, None].astype(np.uint64) * random.integers(2**63, size=2, dtype=np.uint64)
+        if key in order:
+            new = order[key] < writer[present]
+            writer[present[new]], place[present[new]] = order[key], first[new]
+    writer[names == 0] = len(layers)
+    written = np.flatnonzero(writer < len(layers))
+    written = written[np.lexsort((place[written], writer[written]))]
+    classes: dict[tuple[int, ...], list[int]] = {}
+    for name in written.tolist():
+        classes.setdefault((int(writer[name]), *counts[name].tolist()), []).append(name)
+    several = [(layers[key[0]].name, found) for key, found in classes.items() if len(found) > 1]
+    number_of, within = np.full(len(names), -1), np.zeros(len(names), np.int64)
+    for number, (_, found) in enumerate(several):
+        number_of[found], within[found] = number, np.arange(len(found))
+    members: list[list[Member]] = [[] for _ in several]
+    for (parameter, axis), part in parts.items():
+        for number in np.unique(number_of[part]).tolist():
+            if number >= 0:
+                own = np.flatnonzero(number_of[part] == number)
+                rows = own[np.argsort(within[part[own]], kind="stable")].reshape(len(several[number][1]), -1)
+                members[number].append(Member(parameter, axis, tuple(tuple(row) for row in rows.tolist())))
+    uses: dict[str, int] = {}
+    groups = []
+    for (layer, found), each in zip(several, members, strict=True):
+        uses[layer] = uses.get(layer, 0) + 1
+        suffix = "" if uses[layer] == 1 else f":{uses[layer]}"
+        groups.append(Group(layer + suffix, len(found), tuple(each)))
+    return tuple(groups)
+
+
+def _whole(followed: Followed, layers: Sequence[Layer], groups: Sequence[Group]) -> dict[str, str]:
+    """Layers without a group of their channels -> why; the logits need no reason."""
+    written = {member.parameter for group in groups for member in group.members if member.axis == 0}
+    found = {}
     for layer in layers:
-        if layer.name in visited:
-            continue
-        module = modules.get(layer.name)
-        if not isinstance(module, (*_CONVS, nn.Linear)) or module not in graph.module2node:
-            whole[layer.name] = "torch-pruning does not see it"
-            continue
-        try:
-            pruner = graph.get_pruner_of_module(module)
-            channels = list(range(pruner.get_out_channels(module)))
-            entries = list(graph.get_pruning_group(module, pruner.prune_out_channels, channels))
-            visited.update(names[entry.dep.target.module] for entry in entries if _writes(graph, entry, names))
-            groups.append(_group(layer.name, _items(graph, entries, names), by_name, parameters, shared))
-        except _UnfitError as reason:
-            whole[layer.name] = str(reason)
-        except (IndexError, KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-            whole[layer.name] = f"torch-pruning cannot follow its channels ({reason_of(error)})"
-    return Coupling(*_disjoint(groups, whole))
-
-
-@dataclass(frozen=True)
-class _Item:
-    """One module of a group: which indices of its input or output belong to which channel of the group."""
-
-    name: str
-    module: nn.Module
-    writes: bool
-    channels: tuple[int, ...]
-    indices: tuple[int, ...]
-
-
-def _writes(graph: Any, entry: Any, names: Mapping[nn.Module, str]) -> bool:
-    return entry.dep.target.module in names and bool(graph.is_out_channel_pruning_fn(entry.dep.handler))
-
-
-def _items(graph: Any, entries: Sequence[Any], names: Mapping[nn.Module, str]) -> list[_Item]:
-    """The modules with parameters among the entries of one of torch-pruning's groups."""
-    found = []
-    for item in entries:
-        target = item.dep.target
-        if target.type.name in _INDEXED:
-            raise _UnfitError("its channels are split or picked by fixed indices")
-        if isinstance(target.module, nn.Parameter):
-            raise _UnfitError(f"its channels meet the free parameter {target.name}")
-        if target.module not in names:
-            continue  # torch-pruning's stand-in for an operator without parameters
-        if item.root_idxs is None or any(root is None for root in item.root_idxs):
-            raise _UnfitError(f"torch-pruning cannot follow its channels into {names[target.module]}")
-        indices = tuple(int(index) for index in item.idxs)
-        found.append(
-            _Item(names[target.module], target.module, _writes(graph, item, names), tuple(item.root_idxs), indices)
-        )
+        if layer.weight not in written and (layer.weight, 0) in followed.axes and layer.weight_shape[0] > 1:
+            reason = followed.channels.reason(followed.axes[layer.weight, 0])
+            if reason != "":
+                found[layer.name] = reason or "its channels are tied to others that stay"
     return found
-
-
-def _group(
-    name: str,
-    items: Sequence[_Item],
-    layers: Mapping[str, Layer],
-    parameters: Mapping[str, tuple[int, ...]],
-    shared: frozenset[str],
-) -> Group:
-    channels = parameters[f"{name}.weight"][0]
-    members: dict[tuple[str, int], Member] = {}
-    for item in items:
-        for parameter, axis in _axes(item, layers, shared):
-            if parameter not in parameters:
-                continue  # folded into its layer
-            positions: list[list[int]] = [[] for _ in range(channels)]
-            for channel, index in zip(item.channels, item.indices, strict=True):
-                positions[channel].append(index)
-            flat = [index for entry in positions for index in entry]
-            size = parameters[parameter][axis]
-            even = len({len(entry) for entry in positions}) == 1
-            if not (even and flat and len(set(flat)) == len(flat) and min(flat) >= 0 and max(flat) < size):
-                raise _UnfitError(f"its channels do not line up with those of {item.name}")
-            members[parameter, axis] = Member(parameter, axis, tuple(tuple(sorted(entry)) for entry in positions))
-    return Group(name, channels, tuple(members.values()))
-
-
-def _axes(item: _Item, layers: Mapping[str, Layer], shared: frozenset[str]) -> list[tuple[str, int]]:
-    """(parameter, axis) pairs that a module's pruning slices."""
-    name, module = item.name, item.module
-    if isinstance(module, (*_CONVS, nn.Linear)):
-        layer = layers.get(name)
-        if layer is None or name in shared:
-            raise _UnfitError(f"{name} shares its weight, or uses it in another way than a plain layer")
-        if layer.groups > 1 and not layer.depthwise:
-            raise _UnfitError(f"{name} is a grouped convolution")
-        if item.writes or layer.depthwise:
-            return [(layer.weight, 0), (layer.bias, 0)]
-        return [(layer.weight, 1)]
-    if isinstance(module, _NORMS):
-        return [(f"{name}.{part}", 0) for part in ("weight", "bias", "running_mean", "running_var")]
-    if isinstance(module, nn.PReLU):
-        return [(f"{name}.weight", 0)] if module.num_parameters > 1 else []
-    raise _UnfitError(f"its channels pass through {name}, a {type(module).__name__}")
-
-
-def _disjoint(groups: Sequence[Group], whole: dict[str, str]) -> tuple[tuple[Group, ...], dict[str, str]]:
-    """Only groups of two channels and more that slice nothing an earlier group slices."""
-    taken: set[tuple[str, int, int]] = set()
-    kept = []
-    for group in groups:
-        places = {(m.parameter, m.axis, i) for m in group.members for entry in m.positions for i in entry}
-        if places & taken:
-            whole[group.name] = "it overlaps another group"
-        elif group.channels > 1:
-            taken |= places
-            kept.append(group)
-    return tuple(kept), whole
 
 
 def admit(candidates: Sequence[T], fits: Callable[[Sequence[T]], bool]) -> tuple[T, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.apply import Compressed
 from autocomp.compress.naming import reason_of
+from autocomp.compress.onnx_sizes import write_sizes
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
@@ -106,7 +107,8 @@ def _distinct_biases(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[s
 
 
 def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Tensor]) -> bytes:
-    """Export, then give the stand-ins their values back."""
+    """Export, then give the stand-ins their values back. The module is changed."""
+    write_sizes(module)
     example = torch.zeros(2, *graph.input_shape)
     try:
         with _quiet(), torch.no_grad():

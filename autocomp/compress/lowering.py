@@ -20,6 +20,10 @@ _IDENTITIES = frozenset(
     | {"clone", "contiguous", "alias", "detach", "lift_fresh", "lift_fresh_copy"}
 )
 _FLATTENING = frozenset({"view", "reshape", "_unsafe_view", "flatten"})
+# Operators that make a tensor of nothing: with plain sizes their result is a constant.
+_CREATING = frozenset(
+    {"new_zeros", "new_ones", "new_full", "new_empty", "zeros", "ones", "full", "empty", "arange", "eye", "linspace"}
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ def lower(model: nn.Module, example: Tensor) -> Lowered:
             "keep Python control flow and fixed batch sizes out of its forward()"
         ) from error
     assert isinstance(exported, fx.GraphModule)
-    lowered = _Rebuild(exported).run()
+    own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
+    lowered = _Rebuild(exported, frozenset(own)).run()
     with torch.no_grad():
         expected, found = model(example), lowered.module(example)
     tolerance = 1e-3 * max(float(expected.abs().max()), 1e-6)
@@ -94,6 +99,7 @@ class _Rebuild:
     """Writes an exported graph again, node by node."""
 
     source: fx.GraphModule
+    own: frozenset[str]  # names of the model's parameters and buffers; other tensors are constants of its code
     graph: fx.Graph = field(default_factory=fx.Graph)
     values: dict[fx.Node, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
@@ -108,7 +114,8 @@ class _Rebuild:
             if node.op == "placeholder":
                 self.values[node] = self._shaped(self.graph.placeholder("x"), node)
             elif node.op == "get_attr":
-                self.values[node] = self._parameter(str(node.target), self._attribute(node))
+                name, tensor = str(node.target), self._attribute(node)
+                self.values[node] = self._parameter(name, tensor) if name in self.own else tensor.clone()
             elif node.op == "output":
                 result = self._mapped(_single(node.args[0]))
                 result._rename("logits")
@@ -131,6 +138,8 @@ class _Rebuild:
     def _operator(self, node: fx.Node) -> Any:
         op = op_of(node)
         base = op.rstrip("_")
+        if (constant := self._constant(node, op)) is not None:
+            return constant
         if base in _IDENTITIES or (op == "slice" and _takes_all(node)):
             return self._mapped(node.args[0])
         if op in _CONVOLUTIONS:
@@ -142,6 +151,9 @@ class _Rebuild:
         if base in _FLATTENING and _flattens(node):
             flat = torch.ops.aten.flatten.using_ints
             return self._create(node, flat, (self._mapped(node.args[0]), 1), {}, "flatten")
+        if op in ("view", "_unsafe_view"):  # the copies that made its input contiguous are left out
+            sizes = fx.map_arg(node.args[1], self._mapped)
+            return self._create(node, torch.ops.aten.reshape.default, (self._mapped(node.args[0]), sizes), {}, op)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
         if op == base or not isinstance(node.target, torch._ops.OpOverload):
             return self._create(node, node.target, args, kwargs, op)
@@ -152,6 +164,25 @@ class _Rebuild:
             if value is written:
                 self.values[old] = new
         return new
+
+    def _constant(self, node: fx.Node, op: str) -> Any:
+        """The value of an operator that reads nothing but sizes and such values, else None.
+
+        It is computed at once, so that what is written in place into parts of such a tensor (an attention mask's
+        windows, say) is in it when the first other operator reads it.
+        """
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return None
+        read = [entry for entry in node.all_input_nodes if not (op.startswith("new_") and entry is node.args[0])]
+        if not all(isinstance(self.values[entry], Tensor) for entry in read) or not (read or op in _CREATING):
+            return None
+        own = node.args[1:] if op.startswith("new_") else node.args
+        args, kwargs = fx.map_arg((own, node.kwargs), self.values.__getitem__)
+        if op.startswith("new_"):
+            value = node.meta["val"]
+            args = (torch.empty(0, dtype=value.dtype), *args)
+        with torch.no_grad():
+            return node.target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
 
     def _convolution(self, node: fx.Node) -> fx.Node:
         """Write all seven arguments out, spatial ones as lists, padding as numbers."""
@@ -179,9 +210,11 @@ class _Rebuild:
         """A convolution or linear operator; one with plain parameters gets a bias if it has none."""
         named: Any = given or dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
         weight, bias = named["weight"], named.get("bias")
-        name, _, last = str(weight.target).rpartition(".")
-        plain = weight.op == "get_attr" and last == "weight" and name != ""
-        own = bias is None or (bias.op == "get_attr" and (bias.target == f"{name}.bias" or len(weight.users) > 1))
+        name = _module_of(str(weight.target), "weight") if weight.op == "get_attr" else ""
+        plain = name != ""
+        own = bias is None or (
+            bias.op == "get_attr" and (_module_of(str(bias.target), "bias") == name or len(weight.users) > 1)
+        )
         mapped: fx.Node | None = None if bias is None else self._mapped(bias)
         if plain and own and mapped is None:
             mapped = self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
@@ -224,6 +257,9 @@ class _Rebuild:
         return layer
 
     def _parameter(self, name: str, tensor: Tensor) -> fx.Node:
+        for part in ("weight", "bias"):
+            if owner := _module_of(name, part):
+                name = f"{owner}.{part}"
         if name not in self.parameters:
             self.state[name] = tensor.detach()
             self.parameters[name] = self.graph.create_node("get_attr", name, name="p_" + name.replace(".", "_"))
@@ -238,7 +274,10 @@ class _Rebuild:
         return value.detach()
 
     def _mapped(self, node: Any) -> Any:
-        return self.values[node]
+        value = self.values[node]
+        if isinstance(value, Tensor):
+            return self._parameter(f"constants.{node.name}", value.clone())
+        return value
 
     def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
         return self._shaped(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
@@ -250,6 +289,16 @@ class _Rebuild:
         elif isinstance(value, tuple | list) or (value is None and node.target is not torch.ops.aten.sym_size.int):
             self.shapes[new] = ()
         return new
+
+
+def _module_of(parameter: str, part: str) -> str:
+    """The layer whose ``part`` a parameter is, "" for none: an ``in_proj_weight`` belongs to a layer ``in_proj``."""
+    path, _, last = parameter.rpartition(".")
+    if last == part:
+        return path
+    if last.endswith(f"_{part}") and path:
+        return f"{path}.{last.removesuffix(f'_{part}')}"
+    return ""
 
 
 def _frozen(tensor: Tensor) -> Tensor:

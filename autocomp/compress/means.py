@@ -138,10 +138,13 @@ class _Walk:
     def _read(self, layer: Layer, lack: Tensor) -> Tensor:
         """What a layer makes of a mean of its inputs, (out,)."""
         weight = self._tensors[layer.weight]
-        kept = self._positions.get((layer.weight, 0 if layer.depthwise else 1))
-        if kept is not None:
+        kept = self._positions.get((layer.weight, 0 if layer.groups > 1 else 1))
+        groups = layer.groups_of(len(weight))
+        if kept is not None and layer.groups > 1:  # whole groups went
+            left = np.unique(kept * layer.groups // layer.weight_shape[0])
+            lack = lack.reshape(layer.groups, -1)[torch.from_numpy(left)]
+        elif kept is not None:
             lack = lack[torch.from_numpy(kept)]
-        groups = len(weight) if layer.depthwise else layer.groups
         each = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).sum(3)
         return (each @ lack.reshape(groups, -1, 1)).flatten()
 

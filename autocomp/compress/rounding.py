@@ -140,7 +140,7 @@ class _View:
     @classmethod
     def of(cls, layer: Layer, module: fx.GraphModule, node: fx.Node) -> Self:
         weight = module.get_parameter(layer.weight).detach()
-        groups = len(weight) if layer.depthwise else layer.groups
+        groups = layer.groups_of(len(weight))
         grouped = weight.reshape(groups, len(weight) // groups, -1)
         return cls(grouped, module.get_parameter(layer.bias).detach(), _activation_behind(node))
 

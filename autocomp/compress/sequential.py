@@ -182,7 +182,7 @@ class _Solver:
         """Weight and bias of a layer; none where samples are too few, or too wide for enough of them to be held."""
         weight, bias = self._tensors[layer.weight], self._tensors[layer.bias]
         read = self._compressed[value_of(self._compressed.nodes[layer.node].all_input_nodes[0])]
-        groups = weight.shape[0] if layer.depthwise else layer.groups
+        groups = layer.groups_of(weight.shape[0])
         features = weight[0].numel()
         least = min(MIN_ROWS, IMAGE_ROWS * len(read))
         rows = min(max(least, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))

@@ -60,11 +60,11 @@ def rebuild(
 ) -> fx.GraphModule:
     """A module of the same graph around other tensors, without the given branches.
 
-    Node names stay. Depthwise convolutions get as many groups as their weight has channels. What no longer reaches
+    Node names stay. Grouped convolutions get as many groups as their weight has channels for. What no longer reaches
     the output is left out, its tensors too. ``module`` is not changed.
     """
     streams = {branch.add: branch.stream for branch in bypassed}
-    depthwise = {layer.node: layer.weight for layer in graph.layers if layer.depthwise}
+    grouped = {layer.node: layer for layer in graph.layers if layer.groups > 1}
     fresh = fx.Graph()
     by_value: dict[str, fx.Node] = {}
     env: dict[fx.Node, fx.Node] = {}
@@ -77,8 +77,9 @@ def rebuild(
             env[node] = by_value[streams[node.name]]
         else:
             env[node] = fresh.node_copy(node, env.__getitem__)
-            if node.name in depthwise:
-                env[node].args = (*env[node].args[:6], tensors[depthwise[node.name]].shape[0])
+            if node.name in grouped:
+                layer = grouped[node.name]
+                env[node].args = (*env[node].args[:6], layer.groups_of(tensors[layer.weight].shape[0]))
         by_value[value_of(node)] = env[node]
     fresh.eliminate_dead_code()
     used = {str(node.target) for node in fresh.nodes if node.op == "get_attr"}

@@ -67,9 +67,10 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise ModelError(
             "the model has no convolution or linear layer with weights of its own: there is nothing to compress"
         )
+    coupling = couple(lowered.module, example, layers, lowered.layers, shared)
+    lowered = replace(lowered, module=coupling.module)
     tensors = tensors_of(lowered.module)
     parameters = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    coupling = couple(own, example, layers, parameters, shared)
     graph = LayerGraph(nodes, "logits", layers, coupling.groups, find_branches(nodes, layers), parameters)
     trial = _Trial(lowered.module, graph, tensors, example)
     groups = admit([group for group in graph.groups if not trial.ends(group)], trial.prunes)

@@ -1,6 +1,6 @@
 """From a policy to a typed ONNX model by editing one exported base model: no export inside a trial."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ class Template:
         initializers: by name. Not to be changed.
         values: value name in ``graph`` -> value name in the ONNX model; a value that the exporter merged into
             another operator has no entry.
+        sizes: name of a constant of sizes -> for each of its numbers the tensors whose lengths add up to it.
     """
 
     graph: LayerGraph
@@ -41,6 +42,7 @@ class Template:
     nodes: tuple[onnx.NodeProto, ...]
     initializers: Mapping[str, onnx.TensorProto]
     values: Mapping[str, str]
+    sizes: Mapping[str, tuple[tuple[str, ...], ...]]
 
     @property
     def output(self) -> str:
@@ -85,8 +87,23 @@ def load_template(onnx: bytes, graph: LayerGraph) -> Template:
             initializers[shape.name] = shape
             node.input[1] = shape.name
             del node.attribute[:]  # the exporter sets allowzero, which would mean a true 0
+    sizes = _renewable(nodes)
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-    return Template(graph, model, nodes, initializers, values)
+    return Template(graph, model, nodes, initializers, values, sizes)
+
+
+def _renewable(nodes: Sequence[onnx.NodeProto]) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """Give nodes with sizes of channels constants of their own; see `Template.sizes`."""
+    sizes: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for node in nodes:
+        names = next((tuple(entry.value.split()) for entry in node.metadata_props if entry.key == "pieces"), ())
+        if node.op_type == "Split" and names:
+            node.input[1] = f"{names[0]}_sizes"
+            sizes[node.input[1]] = tuple((name,) for name in names)
+        elif node.op_type == "Slice" and names:
+            node.input[1], node.input[2] = f"{names[0]}_start", f"{names[0]}_end"
+            sizes[node.input[1]], sizes[node.input[2]] = (names[:1],), (names,)
+    return sizes
 
 
 def emit(
@@ -160,6 +177,7 @@ class _Writer:
             self._onnx_name(layer.node): layer for layer in graph.layers if layer.node in template.values
         }
         known = {layer.bias for layer in graph.layers} | template.initializers.keys()
+        known |= {name for parts in template.sizes.values() for part in parts for name in part}
         unknown = sorted(tensors.keys() - known)
         if unknown:
             raise EngineError(f"the exported model has no parameter {unknown[0]}: export this policy in full")
@@ -242,7 +260,7 @@ class _Writer:
         weight = self._tensors.get(layer.weight)
         if weight is None:
             weight = numpy_helper.to_array(self._template.initializers[layer.weight])
-        group = weight.shape[0] if layer.depthwise else layer.groups
+        group = layer.groups_of(weight.shape[0])
         if layer.groups > 1:
             next(entry for entry in node.attribute if entry.name == "group").i = group
         if layer.bias in self._tensors and len(node.input) < 3:
@@ -300,10 +318,17 @@ class _Writer:
         """Carry an initializer over: from ``tensors`` where given, else from the template."""
         if value in self.initializers:
             return
-        if value in self._tensors:
+        if value in self._template.sizes:
+            parts = self._template.sizes[value]
+            self._store(value, np.array([sum(map(self._length, part)) for part in parts], np.int64))
+        elif value in self._tensors:
             self._store(value, np.ascontiguousarray(self._tensors[value], dtype=np.float32))
         elif value in self._template.initializers:
             self.initializers[value] = self._template.initializers[value]
+
+    def _length(self, name: str) -> int:
+        given = self._tensors.get(name)
+        return self._template.graph.parameters[name][0] if given is None else len(given)
 
     def _tensor(self, name: str) -> NDArray[Any] | None:
         """The constant of that name that the file carries or would; None for a computed value."""

@@ -103,7 +103,7 @@ def kernels_of(graph: LayerGraph, policy: Policy, batch: int) -> dict[str, Kerne
             continue
         out, read, *kernel = shapes[layer.weight]
         precision = policy.precision(name)
-        groups = out if layer.depthwise else layer.groups
+        groups = layer.groups_of(out)
         size = tuple(first.shape[1:]) if layer.op == "conv" else (layer.positions,) * (layer.positions > 1)
         reads = "q" if first.inputs[0] in plan.values else "f"
         found[name] = Kernel(

@@ -254,10 +254,12 @@ def _narrowing(
     shape = graph.parameter_shapes(Policy({space.decisions[decision].name: option}))[layer.weight]
     whole = layer.weight_shape
     written = whole[0] - shape[0]
-    return (written if layer.depthwise else (whole[1] - shape[1]) * layer.groups), written
+    if layer.groups > 1:  # loses whole groups
+        return (layer.groups - layer.groups_of(shape[0])) * whole[1], written
+    return whole[1] - shape[1], written
 
 
 def _narrower(kernel: Kernel, read: int, written: int) -> Kernel:
     out = kernel.channels_out - written
-    groups = out if kernel.depthwise else kernel.groups
+    groups = kernel.groups if kernel.groups == 1 else out // (kernel.channels_out // kernel.groups)
     return replace(kernel, channels_in=kernel.channels_in - read, channels_out=out, groups=groups)

@@ -55,7 +55,7 @@ __all__ = [
 
 PARITY = 1e-3
 """Largest relative L2 error between torch and the engine on the uncompressed fp32 model."""
-PACKAGES = ("autocomp", "torch", "torch-pruning", "onnx", "onnxruntime", "openvino", "optuna", "numpy", "scipy")
+PACKAGES = ("autocomp", "torch", "onnx", "onnxruntime", "openvino", "optuna", "numpy", "scipy")
 
 Images = NDArray[np.float32]
 

@@ -131,12 +131,12 @@ class PaddedShortcut(nn.Module):
         return self.head(torch.relu(self.body(x) + shortcut).mean((2, 3)))
 
 
-def test_padded_shortcut_leaves_the_stream_whole_and_the_branch_removable() -> None:
+def test_padded_channels_stay_and_those_between_them_follow_the_shortcut() -> None:
     traced = trace(trained(PaddedShortcut()), images(2, 8))
     graph = traced.graph
-    assert [group.name for group in graph.groups] == ["body.0"]
-    assert "stem" in graph.left_whole
-    assert any(note.startswith("stem is left whole") for note in traced.notes)
+    assert [group.name for group in graph.groups] == ["stem", "body.0"]
+    positions = {(m.parameter, m.axis): m.positions for m in graph.group_by_name["stem"].members}
+    assert positions["body.2.weight", 0] == positions["head.weight", 1] == ((2,), (3,), (4,), (5,))
     (branch,) = graph.branches
     assert (branch.name, graph.node_by_name[branch.stream].op) == ("body", "pad")
 
@@ -194,12 +194,24 @@ class Grouped(nn.Module):
         return self.head(torch.cat([second, first], 1).mean((2, 3)))
 
 
-def test_grouped_and_split_channels_are_left_whole_and_named() -> None:
-    graph = trace(Grouped().eval(), images(2, 8)).graph
-    assert graph.groups == ()
-    assert "grouped" in graph.left_whole["body.0"]
-    assert "split" in graph.left_whole["body.2"]
+def test_grouped_convolutions_lose_whole_groups_and_splits_follow_what_is_left() -> None:
+    """Against the model written for the pruned sizes."""
+    model = Grouped().eval()
+    traced = trace(model, images(2, 8))
+    graph = traced.graph
+    assert [(group.name, group.channels) for group in graph.groups] == [("body.0", 2), ("body.2", 3), ("body.2:2", 3)]
+    assert not graph.left_whole
     assert graph.node_by_name["chunk"].shape == ()  # several tensors: no shape of its own
+    kept = {"body.0": (1,), "body.2": (0, 2), "body.2:2": (1,)}
+    tensors = slice_tensors(tensors_of(traced.module), kept_positions(graph, kept))
+    found = run(rebuild(traced.module, graph, tensors), images(3, 8))
+    first, grouped, last = (model.body[i] for i in range(3))
+    with torch.no_grad():
+        x = nn.functional.conv2d(images(3, 8), first.weight[4:], first.bias[4:])
+        x = nn.functional.conv2d(x, grouped.weight[4:], grouped.bias[4:])
+        x = torch.relu(nn.functional.conv2d(x, last.weight[[0, 2, 4], 4:], last.bias[[0, 2, 4]]))
+        expected = nn.functional.linear(x.mean((2, 3))[:, [2, 0, 1]], model.head.weight[:, [1, 3, 5]], model.head.bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 class Coupled(nn.Module):
@@ -216,10 +228,10 @@ class Coupled(nn.Module):
         return self.head(torch.relu(self.conv2(x)).mean((2, 3)))
 
 
-def test_a_trial_prune_finds_what_the_dependency_graph_misses() -> None:
+def test_channels_that_meet_in_a_mean_are_left_whole_and_named() -> None:
     graph = trace(Coupled().eval(), images(2, 8)).graph
     assert [group.name for group in graph.groups] == ["conv2"]
-    assert "trial prune" in graph.left_whole["conv1"]
+    assert graph.left_whole == {"conv1": "its channels are mixed by mean"}
 
 
 @pytest.mark.parametrize("bad", [set(), {3}, {0, 7}, {1, 2, 5}, set(range(8))])
