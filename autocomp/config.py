@@ -80,7 +80,7 @@ class SearchConfig:
     batch: int | None = None
     space: str = "default"
     controller: str = "evolution"
-    trials: int = 32
+    trials: int = 24
     baseline_trials: int | None = None
     seed: int = 0
     executor: str = "local"
