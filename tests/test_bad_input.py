@@ -1,20 +1,22 @@
 """Bad input to a search: one line, no traceback, no folder."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import autocomp
 from autocomp.api import Interrupted
+from autocomp.cli import main
 from autocomp.engines.simulated import SimulatedBackend
 from autocomp.errors import EngineError, InputError
 from autocomp.study.run import Run
-from tests.processes import command
 
 
 @pytest.mark.parametrize(
@@ -43,9 +45,16 @@ from tests.processes import command
         (["--model", "mine:guessing"], "chance"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_leaves_no_folder(tmp_path: Path, arguments: list[str], words: str) -> None:
-    from safetensors.numpy import save_file
-
+def test_bad_input_is_one_clear_line_and_leaves_no_folder(
+    tmp_path: Path,
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     save_file({"wrong.weight": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pickled.pt")
     (tmp_path / "bad.toml").write_text('modle = "zoo:resnet20"\n')
@@ -67,10 +76,12 @@ def test_bad_input_is_one_clear_line_and_leaves_no_folder(tmp_path: Path, argume
         "                               torch.nn.Flatten(), torch.nn.Linear(16, 10))\n"
     )
     budget = [] if "--budget" in arguments else ["--budget", "15ms"]
-    done = command("search", *budget, *arguments, "--out", "run", cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and words in done.stderr
-    message = [line for line in done.stderr.splitlines() if line.startswith("autocomp:")]
+    with pytest.raises(SystemExit) as left:
+        main(["search", *budget, *arguments, "--out", "run"])
+    error = capsys.readouterr().err
+    assert left.value.code == 2, error
+    assert "Traceback" not in error and words in error
+    message = [line for line in error.splitlines() if line.startswith("autocomp:")]
     assert len(message) == 1
     assert not (tmp_path / "run").exists()
 
