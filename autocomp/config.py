@@ -89,7 +89,7 @@ class SearchConfig:
     gpus_per_worker: float = 0.0
     target_resource: str | None = None
     finetune_epochs: int = 0
-    finalists: int = 2
+    finalists: int = 3
     wave: int = 4
     out: str | None = None
     mean: tuple[float, ...] | None = None

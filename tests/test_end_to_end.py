@@ -28,6 +28,7 @@ from autocomp.policy import Policy
 from autocomp.study.run import Run, read_manifest
 from tests.processes import command
 
+ROOT = Path(__file__).parents[1]
 SMALL = {"trials": 6, "baseline_trials": 2, "finalists": 2, "calibration_images": 128, "search_images": 100}
 
 
@@ -111,9 +112,12 @@ def test_a_finished_run_is_resumed_as_its_result_and_reported_again(finished: tu
     assert (run / "report.md").read_text() == before
 
 
+TINY = {"model": "tests.tiny:model", "data": "tests.tiny:data"}
+
+
 def simulated(out: Path, **changes: Any) -> SearchConfig:
     return SearchConfig(
-        **{"engine": "simulated", "budget": ("0.6x",), "out": str(out), "batch": 32, **SMALL, **changes}
+        **{"engine": "simulated", "budget": ("0.6x",), "out": str(out), "batch": 32, **TINY, **SMALL, **changes}
     )
 
 
@@ -126,7 +130,7 @@ def test_equal_seeds_give_equal_runs_on_the_simulated_engine(tmp_path: Path) -> 
     pd.testing.assert_frame_equal(stable(first.run), stable(second.run))
     assert first.contenders == second.contenders
     assert first.predicted and not first.verified
-    tight = run_search(simulated(tmp_path / "tight", budget=("0.25x",), baseline_trials=1))
+    tight = run_search(simulated(tmp_path / "tight", budget=("0.35x",), baseline_trials=1))
     for role in ("uniform", "random"):  # one that is missing from the table is accounted for
         assert (role in tight.contenders) != any(
             note.startswith(f"{role}: none of its 1 trials") for note in tight.notes
@@ -141,8 +145,8 @@ def test_other_seeds_give_other_runs(tmp_path: Path) -> None:
 
 
 ARGUMENTS = [
-    "--engine", "simulated", "--budget", "0.6x", "--trials", "8", "--baseline-trials", "2", "--batch", "32",
-    "--calibration-images", "128", "--search-images", "100",
+    "--engine", "simulated", "--budget", "0.6x", "--trials", "40", "--baseline-trials", "2", "--batch", "32",
+    "--calibration-images", "128", "--search-images", "100", "--model", TINY["model"], "--data", TINY["data"],
 ]  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def stop_after_three_trials(run: Path, how: signal.Signals) -> tuple[int, str, l
     """Start a search, signal it once three trials are journaled; its status, standard error and journaled trials."""
     process = subprocess.Popen(
         [sys.executable, "-m", "autocomp", "search", *ARGUMENTS, "--out", str(run)],
-        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for what runs behind
     )  # fmt: skip
     deadline = time.monotonic() + 240
@@ -174,10 +178,10 @@ def test_a_search_killed_in_the_middle_loses_no_finished_trial(tmp_path: Path) -
     run, whole = tmp_path / "run", tmp_path / "whole"
     status, _, kept = stop_after_three_trials(run, signal.SIGKILL)
     assert status == -signal.SIGKILL, "the search ended before it could be killed"
-    resumed = command("resume", str(run), "--json", cwd=tmp_path)
+    resumed = command("resume", str(run), "--json", cwd=ROOT)
     assert resumed.returncode == 3, resumed.stderr  # a simulated engine verifies nothing
     assert trials_of(run)[: len(kept)] == kept
-    assert command("search", *ARGUMENTS, "--out", str(whole), cwd=tmp_path).returncode == 3
+    assert command("search", *ARGUMENTS, "--out", str(whole), cwd=ROOT).returncode == 3
     pd.testing.assert_frame_equal(stable(run), stable(whole))
 
 
@@ -237,7 +241,7 @@ class Watched:
 
 def test_the_test_split_is_read_only_after_every_choice_is_journaled(tmp_path: Path) -> None:
     config = simulated(tmp_path / "run")
-    splits = load_data("digits", DataOptions(calibration=128, search=100))
+    splits = load_data(TINY["data"], DataOptions(calibration=128, search=100))
     watched = Watched(splits.test, tmp_path / "run" / "journal.jsonl")
     run_search(config, splits=replace(splits, test=watched))
     assert watched.read_after

@@ -12,10 +12,11 @@ from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
-from autocomp.results import LatencyEstimate, Score, TimingProtocol, TrialResult
+from autocomp.results import LatencyEstimate, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import Crew, Kit, hire
 from autocomp.study.explain import explained
+from autocomp.study.finalists import Finalist
 from autocomp.study.finetune import training_images
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
@@ -26,18 +27,15 @@ from autocomp.study.run import Run
 from autocomp.study.score import Predictions, Scorer, load_metric, paired_interval, predict
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import initial_policies, quick_sensitivity
-from autocomp.study.steady import Patience
 from autocomp.study.study import FixedList, Plan, Study
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.trust import gauge
 from autocomp.study.verify import (
-    Finalist,
     Verdict,
     reference_latency,
-    select,
     statistics_of,
     verification_protocol,
-    verify_role,
+    verify_roles,
 )
 from autocomp.study.workbench import Workbench, chance_limit
 
@@ -151,7 +149,7 @@ def search(
     observer(Phase("selection"))
     held_out = bench.splits.selection
     selection = Scorer(held_out, predict(trials.reference, held_out), bench.splits.labelled, prologue.scorer.metric)
-    winners = _verified(bench, trials, study, selection, run, observer)
+    winners = verify_roles(bench, trials, study, selection, run, observer)
     for role in ("search", "uniform", "random"):
         count = len(study.of(role))
         if count and ("best" if role == "search" else role) not in winners:
@@ -270,32 +268,6 @@ def _spread(policies: Sequence[Policy], count: int) -> list[Policy]:
         return list(policies)
     places = [round(index * (len(policies) - 1) / max(1, count - 1)) for index in range(count)]
     return [policies[place] for place in (places if count > 1 else [len(policies) - 1])]
-
-
-def _verified(
-    bench: Workbench, trials: Trials, study: Study, selection: Scorer, run: Run, observer: Observer
-) -> dict[str, tuple[Finalist, Verdict]]:
-    """Role -> its admitted finalist, or the last one tried; the search's own is called ``best``."""
-    attempts = bench.config.finalists
-    patience = Patience(observer)
-    past = {entry["role"]: entry["finalists"] for entry in run.entries("finalists")}
-    finalists: dict[str, list[Finalist]] = {}
-    for role in ("search", "uniform", "random"):
-        results = study.of(role)
-        if role in past:
-            by_policy = {result.policy.digest: result for result in results}
-            finalists[role] = [Finalist(by_policy[f["policy"]], Score(**f["selection"])) for f in past[role]]
-            continue
-        finalists[role] = select(trials, results, selection, attempts, patience, observer)
-        kept = [{"policy": f.trial.policy.digest, "selection": f.selection.to_json()} for f in finalists[role]]
-        run.record("finalists", role=role, finalists=kept)
-    observer(Phase("verify", sum(len(entries) for entries in finalists.values())))
-    winners = {}
-    for role, entries in finalists.items():
-        found = verify_role(run, trials, entries, bench.reference, bench.spec, attempts, patience, observer)
-        if found is not None:
-            winners["best" if role == "search" else role] = found
-    return winners
 
 
 def _contenders(

@@ -11,7 +11,7 @@ __all__ = ["DRIFT", "WAITS_S", "Patience"]
 
 DRIFT = 0.10
 """How much slower than usual the reference may be, as a fraction."""
-WAITS_S = (5.0, 10.0, 20.0)
+WAITS_S = (5.0, 10.0)
 """Pauses before a measurement is repeated, for all finalists of a run together."""
 
 

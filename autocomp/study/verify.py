@@ -1,4 +1,4 @@
-"""Finalists: scored again on images the search never saw, then measured on fresh engines, and admitted or not."""
+"""Finalists measured on fresh engines, and admitted or not."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,45 +7,35 @@ from functools import partial
 from math import ceil, hypot
 
 from autocomp.budget import Budget
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, initializer_bytes, measure_fresh, merge
+from autocomp.engines import BackendSpec, compare, estimate, initializer_bytes, measure_fresh, merge
 from autocomp.engines.label import policy_of
 from autocomp.errors import EngineError
-from autocomp.outcome import Note, Observer, Stage
-from autocomp.protocols import Backend, Engine
-from autocomp.results import Interval, LatencyEstimate, Score, Timing, TimingProtocol, TrialResult
+from autocomp.outcome import Note, Observer, Phase, Stage
+from autocomp.protocols import Backend
+from autocomp.results import Interval, LatencyEstimate, Score, Timing, TimingProtocol
+from autocomp.study.finalists import Finalist, reserve, select
 from autocomp.study.predicted import PredictedBackend
 from autocomp.study.run import Run
 from autocomp.study.score import Scorer
-from autocomp.study.steady import DRIFT, Patience
+from autocomp.study.steady import Patience
+from autocomp.study.study import Study
 from autocomp.study.trial import Limits, Trials
+from autocomp.study.workbench import Workbench
 
 __all__ = [
-    "Finalist",
     "Verdict",
     "admit",
     "reference_latency",
-    "select",
     "statistics_of",
     "verification_protocol",
     "verify_role",
+    "verify_roles",
 ]
 
 NORMAL = 1.959964
 """Standard deviations to either side that hold 95 %."""
 MIN_SAMPLES = {"p50": 30, "p95": 200, "p99": 1000}
 """Runs of the candidate below which a statistic is not judged."""
-LOOKED_AT = 5
-"""Times the number of finalists: how many feasible trials are timed again at most to find them."""
-ROOM = DRIFT
-"""How much slower one finalist may run, as a fraction, and still meet the budgets."""
-
-
-@dataclass(frozen=True, slots=True)
-class Finalist:
-    """A trial chosen on the search split, with its score on the selection split."""
-
-    trial: TrialResult
-    selection: Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,68 +79,6 @@ def verification_protocol(statistics: Sequence[str], builds: int = 5, blocks: in
     wanted = max(MIN_SAMPLES[name] for name in statistics)
     repeats = max(3, ceil(1.1 * wanted / (builds * blocks)))
     return TimingProtocol(warmup_ms=200.0, blocks=blocks, block_ms=40.0, min_repeats=repeats, builds=builds)
-
-
-def select(
-    trials: Trials,
-    results: Sequence[TrialResult],
-    selection: Scorer,
-    count: int,
-    patience: Patience,
-    observer: Observer,
-) -> list[Finalist]:
-    """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
-
-    Each is first timed again, longer, by a file of its structure; one whose upper bound is over a budget, or that loses
-    too much accuracy where speed is the goal, gives its place to the next. This saves
-    verifications, and verifies nothing. The last place goes to a trial that would meet the budgets `ROOM` slower, where
-    there is one and the others would not: the best of a search lie at its limit, and a device that slows down a little
-    would fail them all.
-    """
-    feasible = sorted(
-        (result for result in results if result.feasible and result.objective is not None),
-        key=lambda result: (result.objective, result.latency_ms, result.policy.digest),
-    )
-    roomy = [result for result in feasible if _meets(trials.current(), result, 1 + ROOM)]
-    chosen: list[Finalist] = []
-    looked = 0
-    for trial in feasible:
-        if len(chosen) == count or looked == LOOKED_AT * count:
-            break
-        last_place = 1 < count == len(chosen) + 1
-        if last_place and roomy and not any(found in roomy for found in (trial, *(entry.trial for entry in chosen))):
-            continue
-        looked += 1
-        observer(Stage(trial.number, trial.role, "select"))
-        skeleton = trials.emitter.skeleton(trial.policy)
-        with trials.backend.build(skeleton) as engine:
-            usual = trials.current()
-            timing = patience.measure(partial(_compare, trials, engine), usual.latency_ms["p50"])
-        ratio = estimate(timing, "p50").ratio
-        over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(skeleton))
-        if any(violation > 0 for violation in over):
-            continue
-        with trials.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
-            score = selection.score(engine)
-        if all(loss <= 0 for loss in usual.loss(score)):
-            chosen.append(Finalist(trial, score))
-    return _ordered(chosen, trials.limits)
-
-
-def _meets(limits: Limits, result: TrialResult, slowdown: float) -> bool:
-    """Whether the budgets hold where a candidate runs slower by a factor than it did in its trial."""
-    ratio = slowdown * (result.ratio or 1.0)
-    return all(over <= 0 for over in limits.violations(ratio, result.macs or 0, result.size_bytes or 0))
-
-
-def _compare(trials: Trials, engine: Engine) -> Timing:
-    """A longer timing than the search's, on the engines at hand."""
-    with device_lock(trials.device):
-        return compare(engine, trials.reference, TimingProtocol(warmup_ms=100.0, blocks=15, block_ms=40.0))
-
-
-def _ordered(finalists: Sequence[Finalist], limits: Limits) -> list[Finalist]:
-    return sorted(finalists, key=lambda found: limits.objective(found.selection, found.trial.ratio or 1.0))
 
 
 def admit(
@@ -238,6 +166,46 @@ def _broken(
     if judged.high <= budget.limit:
         return None
     return f"{found.statistic} {judged.value:.3f}{unit} with upper bound {judged.high:.3f}{unit} is over {budget}"
+
+
+def verify_roles(
+    bench: Workbench, trials: Trials, study: Study, selection: Scorer, run: Run, observer: Observer
+) -> dict[str, tuple[Finalist, Verdict]]:
+    """Choose and try the finalists of every role; what a stopped run chose before stays chosen.
+
+    Returns:
+        role -> its admitted finalist, or the last one tried; the search's own is called ``best``.
+    """
+    attempts = bench.config.finalists
+    patience = Patience(observer)
+    chosen: dict[str, list[Finalist]] = {}
+    for entry in run.entries("finalists"):  # those chosen before a stop
+        by_policy = {result.policy.digest: result for result in study.of(entry["role"])}
+        chosen.setdefault(entry["role"], []).extend(
+            Finalist(by_policy[kept["policy"]], Score(**kept["selection"])) for kept in entry["finalists"]
+        )
+
+    def add(role: str, found: list[Finalist]) -> None:
+        chosen.setdefault(role, []).extend(found)
+        kept = [{"policy": f.trial.policy.digest, "selection": f.selection.to_json()} for f in found]
+        run.record("finalists", role=role, finalists=kept)
+
+    for role in ("search", "uniform", "random"):
+        if role not in chosen:  # one place is kept for when none of these is admitted
+            add(role, select(trials, study.of(role), selection, max(1, attempts - 1), patience, observer))
+    observer(Phase("verify", sum(map(len, chosen.values()))))
+    winners = {}
+    for role, entries in chosen.items():
+        found = verify_role(run, trials, entries, bench.reference, bench.spec, attempts, patience, observer)
+        while len(entries) < attempts and not (found is not None and found[1].admitted):
+            more = reserve(trials, study.of(role), entries, selection, patience, observer)
+            if not more:
+                break
+            add(role, more)
+            found = verify_role(run, trials, more, bench.reference, bench.spec, attempts, patience, observer) or found
+        if found is not None:
+            winners["best" if role == "search" else role] = found
+    return winners
 
 
 def verify_role(

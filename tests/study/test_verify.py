@@ -13,17 +13,18 @@ from autocomp.engines import BackendSpec, estimate, merge
 from autocomp.outcome import Contender, Event, Note
 from autocomp.policy import Policy
 from autocomp.results import Block, Interval, LatencyEstimate, Score, Timing, TrialResult
-from autocomp.study import verify
+from autocomp.study import finalists, verify
+from autocomp.study.finalists import Finalist
 from autocomp.study.run import Manifest, Run
 from autocomp.study.steady import Patience
 from autocomp.study.trial import Limits
 from autocomp.study.verify import (
-    Finalist,
     Verdict,
     reference_latency,
     statistics_of,
     verification_protocol,
     verify_role,
+    verify_roles,
 )
 
 BUDGETS = parse_budgets(["15ms", "p95:0.5x", "20MMACs", "0.25xMB"])
@@ -102,8 +103,8 @@ def ask(monkeypatch: pytest.MonkeyPatch, run: Run) -> Any:
         emitter = SimpleNamespace(finish=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
         trials: Any = SimpleNamespace(emitter=emitter, backend=None, limits=limits(), current=limits)
         patience = Patience(ignore)
-        finalists = [finalist(number) for number in range(count)]
-        found = verify_role(run, trials, finalists, b"", BackendSpec(), attempts, patience, ignore)
+        several = [finalist(number) for number in range(count)]
+        found = verify_role(run, trials, several, b"", BackendSpec(), attempts, patience, ignore)
         return (None, None, measured) if found is None else (found[0].trial.number, found[1].admitted, measured)
 
     return go
@@ -128,9 +129,9 @@ def test_no_finalist_no_winner(ask: Any) -> None:
 
 @pytest.fixture
 def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Select among trials of given latency ratios, the best first, by exact timings; their numbers."""
+    """Select among trials of given latency ratios, the best first, by exact timings, then one more; their numbers."""
 
-    def go(ratios: list[float], count: int) -> list[int]:
+    def go(ratios: list[float], count: int) -> list[list[int]]:
         results = [
             TrialResult(
                 number, "search", Policy({"g": number + 1}), "ok", (ratio / 0.5 - 1,), objective=float(number),
@@ -145,8 +146,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
         trials: Any = SimpleNamespace(emitter=emitter, backend=backend, limits=bounds, current=lambda: bounds)
         selection: Any = SimpleNamespace(score=lambda number: Score(float(number), 0.9, 10))
         patience: Any = SimpleNamespace(measure=lambda take, _: timing(10.0, 10 * ratios[take.args[1]]))
-        monkeypatch.setattr(verify, "initializer_bytes", lambda _: 1)
-        return [found.trial.number for found in verify.select(trials, results, selection, count, patience, ignore)]
+        monkeypatch.setattr(finalists, "initializer_bytes", lambda _: 1)
+        chosen = finalists.select(trials, results, selection, count, patience, ignore)
+        more = finalists.reserve(trials, results, chosen, selection, patience, ignore)
+        return [[found.trial.number for found in part] for part in (chosen, more)]
 
     return go
 
@@ -154,17 +157,47 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("ratios", "count", "expected"),
     [
-        ([0.49, 0.48, 0.47, 0.40], 3, [0, 1, 3]),  # the last place is for one with a tenth to spare
-        ([0.49, 0.40, 0.48, 0.39], 3, [0, 1, 2]),  # one has it already
-        ([0.49, 0.48, 0.47, 0.46], 3, [0, 1, 2]),  # none has it
-        ([0.49, 0.40], 1, [0]),  # a single place is the best one's
-        ([0.55, 0.49, 0.40], 2, [1, 2]),  # what is over the budget leaves its place
+        ([0.49, 0.48, 0.47, 0.40], 2, [[0, 1], [3]]),  # the reserve has a tenth to spare
+        ([0.49, 0.40, 0.48, 0.39], 2, [[0, 1], [3]]),  # another than those tried
+        ([0.49, 0.48, 0.47, 0.46], 2, [[0, 1], [2]]),  # none has it
+        ([0.55, 0.49, 0.40], 1, [[1], [2]]),  # what is over the budget leaves its place
+        ([0.49], 1, [[0], []]),
     ],
 )
-def test_one_finalist_has_room_for_a_slower_device(
-    choose: Any, ratios: list[float], count: int, expected: list[int]
+def test_the_reserve_has_room_for_a_slower_device(
+    choose: Any, ratios: list[float], count: int, expected: list[list[int]]
 ) -> None:
     assert choose(ratios, count) == expected
+
+
+def test_the_reserve_is_tried_when_none_is_admitted_and_a_resumed_run_chooses_nothing_anew(
+    monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    everyone = [finalist(number) for number in range(4)]
+    measured: list[int] = []
+
+    def select(trials: Any, results: Any, selection: Any, count: int, *_: object) -> list[Finalist]:
+        return everyone[: count if results else 0]
+
+    def reserve(trials: Any, results: Any, tried: list[Finalist], *_: object) -> list[Finalist]:
+        return everyone[len(tried) :][:1] if results else []
+
+    def admit(onnx: bytes, *_: object) -> Verdict:
+        measured.append(int(onnx))
+        return verdict(onnx == b"2")
+
+    for name, stand_in in (("select", select), ("reserve", reserve), ("admit", admit)):
+        monkeypatch.setattr(verify, name, stand_in)
+    emitter = SimpleNamespace(finish=lambda policy: policy, emit=lambda p: str(p.kept["g"] - 1).encode())
+    trials: Any = SimpleNamespace(emitter=emitter, backend=None, limits=limits(), current=limits)
+    study: Any = SimpleNamespace(of=lambda role: [f.trial for f in everyone] if role == "search" else [])
+    bench: Any = SimpleNamespace(config=SimpleNamespace(finalists=3), reference=b"", spec=BackendSpec())
+    for _ in range(2):
+        found = verify_roles(bench, trials, study, None, run, ignore)  # type: ignore[arg-type]
+        assert [(role, f.trial.number, v.admitted) for role, (f, v) in found.items()] == [("best", 2, True)]
+        assert measured == [0, 1, 2]
+    kept = [len(entry["finalists"]) for entry in run.entries("finalists") if entry["role"] == "search"]
+    assert kept == [2, 1]
 
 
 def timing(reference_ms: float, candidate_ms: float = 5.0) -> Timing:
