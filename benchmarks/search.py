@@ -113,8 +113,9 @@ def prepared(case: str, hardware: str, work: Path, images: int) -> tuple[Bench, 
     folder = work / f"search-{case}-{hardware}-{digest_of(dict(bench.digests))[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     trials = Trials(
-        bench.traced.graph, bench.emitter, backend, reference, structure_digest(bench.reference), scorers[0], limits,
-        TimingProtocol(), LatencyTable(folder / "latencies.jsonl"), lambda event: None,
+        emitter=bench.emitter, backend=backend, reference=reference, scorer=scorers[0], protocol=TimingProtocol(),
+        graph=bench.traced.graph, reference_structure=structure_digest(bench.reference), limits=limits,
+        cache=LatencyTable(folder / "latencies.jsonl"), observer=lambda event: None,
     )  # fmt: skip
     begun = process_time()
     sensitivity = measure(bench, QUICK, lambda event: None)
@@ -216,7 +217,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=list(BUDGETS))
     parser.add_argument("--controller", action="append", choices=list(EVALUATIONS))
     parser.add_argument("--seeds", type=int, help="3 for resnet20 and 1 for resnet56 by default")
-    parser.add_argument("--hardware", default="intel-xeon-processor-1t")
+    parser.add_argument("--hardware", default="amd-epyc-1t")
     parser.add_argument("--images", type=int, default=1024, help="of the search split")
     parser.add_argument("--work", type=Path, required=True, help="folder for CIFAR-10 and the evaluations")
     args = parser.parse_args()
