@@ -207,13 +207,13 @@ def test_an_unreachable_budget_ends_with_the_floor_and_a_marked_run(tmp_path: Pa
     assert floor is not None and floor["ratio"] < 1
     shares = [layer["share"] for layer in floor["layers"]]
     assert floor["layers"][0]["name"] == "conv1" and shares == sorted(shares, reverse=True)
-    assert 0 < sum(shares) == pytest.approx(1.0)  # with all branches gone the stem and the head are left
+    assert 0.5 < sum(shares) <= 1 and all(share > 0 for share in shares)
     (relaxed,) = (Budget.parse(text) for text in floor["relaxed"])
     assert 0.94 < floor["latency_ms"] / relaxed.limit <= 1  # the floor meets it, and hardly more is given away
 
 
 def test_where_the_reference_meets_the_budget_the_fastest_within_a_point_is_returned(tmp_path: Path) -> None:
-    result = run_search(simulated(tmp_path / "run", budget=("1000ms",)))
+    result = run_search(simulated(tmp_path / "run", budget=("1000ms",), model="zoo:resnet20", data="digits"))
     assert any("meets the budget already" in note for note in result.notes)
     assert result.best is not None and result.best.latency is not None
     assert result.best.latency.ratio.value < 1
