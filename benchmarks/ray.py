@@ -38,9 +38,9 @@ from autocomp.results import Score, TrialResult
 from autocomp.study.executors.ray import Pool, RayExecutor
 from autocomp.study.run import Manifest, Run
 from autocomp.study.study import Plan, Study
+from autocomp.study.tasks import Answer, ScoreTask
 from autocomp.study.trial import Steps
 from autocomp.study.workbench import prepare
-from autocomp.study.worker import Answer, ScoreTask
 from benchmarks.common import save, show
 
 MODEL = SearchConfig(

@@ -13,7 +13,8 @@ from autocomp.hardware import LatencyEntry, LatencyKey, LatencyTable
 from autocomp.outcome import Observer, Stage
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
-from autocomp.study.worker import FAULTS, Answer, ScoreTask, Stopwatch, Task, Timed, TimeTask, Worker, line_of
+from autocomp.study.tasks import Answer, ScoreTask, Task, Timed, TimeTask
+from autocomp.study.worker import FAULTS, Stopwatch, Worker, line_of
 
 __all__ = ["Goal", "Limits", "Steps", "Trials", "follow"]
 

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.budget import parse_budgets
 from autocomp.compress import Compressed
@@ -23,35 +25,32 @@ from autocomp.hardware import LatencyTable
 from autocomp.outcome import Event, Fleet, SearchResult
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
-from autocomp.results import TimingProtocol, TrialResult
+from autocomp.results import Score, TimingProtocol, TrialResult
 from autocomp.study import executors
 from autocomp.study.conduct import conduct, manifest_of
-from autocomp.study.executors import Crew, Kit, LocalCrew
+from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import open_kit, receive, send
 from autocomp.study.run import Run
-from autocomp.study.search import begin
+from autocomp.study.search import Prologue, begin
+from autocomp.study.tasks import Answer, ScoreTask, Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
-from autocomp.study.worker import Emitter, Task, TimeTask
+from autocomp.study.worker import Emitter
 
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=2, calibration_images=16, search_images=32,
     selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
 )  # fmt: skip
-TARGET, OTHER = "board", "other"
-NODE = {"num_cpus": 4, "resources": {TARGET: 1, OTHER: 1}}
+TARGET = "board"
 
 
 @dataclass(frozen=True)
-class Deadly:
-    """An emitter that fails on one policy, kills its process on another, and once only on a third."""
+class Refusing:
+    """An emitter that fails on one policy, wherever it is."""
 
     inner: Emitter
     refused: str
-    killing: str
-    killing_once: str
-    killed: Path
 
     def skeleton(self, policy: Policy) -> bytes:
         return self.inner.skeleton(policy)
@@ -59,11 +58,6 @@ class Deadly:
     def compress(self, policy: Policy) -> Compressed:
         if policy.digest == self.refused:
             raise CompressError("layer1 is not\nfinite")
-        if policy.digest == self.killing:
-            os._exit(1)
-        if policy.digest == self.killing_once and not self.killed.exists():
-            self.killed.touch()
-            os._exit(1)
         return self.inner.compress(policy)
 
     def finish(self, policy: Policy) -> Compressed:
@@ -73,49 +67,60 @@ class Deadly:
         return self.inner.emit(compressed)
 
 
+class Frail:
+    """An actor in place of a `Station` that starts within a second, for it imports no torch.
+
+    It dies of one policy always, and of another one once.
+    """
+
+    def load(self, kit: tuple[str, str, str]) -> tuple[str, dict[str, str]]:
+        self._killing, self._killing_once, self._killed = kit
+        return platform.node(), {"name": "another"}
+
+    def do(self, task: ScoreTask) -> Answer:
+        digest = task.policy.digest
+        if digest == self._killing:
+            os._exit(1)
+        if digest == self._killing_once and not os.path.exists(self._killed):
+            os.close(os.open(self._killed, os.O_CREAT))
+            os._exit(1)
+        time.sleep(0.1)
+        return Answer(score=Score(1.0, None, 1), stage="score")
+
+
+def start(name: str, **options: Any) -> Any:
+    return ray.remote(Frail).options(name=name, num_cpus=0, **options).remote()
+
+
 def ignore(event: Event) -> None:
     del event
 
 
 @pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return prepare(CONFIG, ignore)
-
-
-@pytest.fixture(scope="module")
-def policies(bench: Workbench) -> list[Policy]:
+def policies() -> list[Policy]:
     """Of distinct structures, all of which can meet the budget."""
-    group = bench.traced.graph.groups[0]
-    return [Policy({group.name: kept}) for kept in range(1, group.channels)]
+    return [Policy({"layer1.0.conv1": kept}) for kept in range(1, 16)]
 
 
 @pytest.fixture(scope="module")
-def kit(bench: Workbench, policies: list[Policy], tmp_path_factory: pytest.TempPathFactory) -> Kit:
+def bench(policies: list[Policy]) -> Workbench:
+    made = prepare(CONFIG, ignore)
+    return replace(made, emitter=Refusing(made.emitter, policies[0].digest))
+
+
+@pytest.fixture(scope="module")
+def near(bench: Workbench) -> Iterator[Prologue]:
+    """A search of this process."""
     with begin(bench) as prologue:
-        scorer = prologue.scorer
-    doomed = [policy.digest for policy in policies[:3]]
-    emitter = Deadly(bench.emitter, *doomed, tmp_path_factory.mktemp("killed") / "once")
-    return Kit(emitter, bench.spec, bench.backend, bench.reference, scorer, TimingProtocol(blocks=2, block_ms=1.0))
-
-
-@pytest.fixture
-def trials(bench: Workbench, kit: Kit, tmp_path: Path) -> Trials:
-    limits = Limits(
-        parse_budgets(["1x"]), {"p50": 1.0}, bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
-    )
-    reference = bench.backend.build(bench.reference)
-    return Trials(
-        kit.emitter, bench.backend, reference, kit.scorer, kit.protocol, bench.traced.graph,
-        structure_digest(bench.reference), limits, LatencyTable(tmp_path / "latencies.jsonl"), ignore,
-    )  # fmt: skip
+        yield prologue
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with room for one worker, and a node that has the targets."""
+    """A head with the target."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(**NODE)
+    head = {"num_cpus": 2, "include_dashboard": False, "resources": {TARGET: 1}}
+    made = Cluster(initialize_head=True, head_node_args=head)
     ray.init(made.address, logging_level="ERROR", log_to_driver=False)
     yield made
     ray.shutdown()
@@ -123,16 +128,52 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def on_ray(cluster: Cluster, kit: Kit, bench: Workbench) -> Iterator[rays.RayCrew]:
+def far(cluster: Cluster, bench: Workbench) -> Iterator[Prologue]:
+    """A search on the cluster: two workers, and an actor that times."""
     config = replace(CONFIG, executor="ray", workers=2, target_resource=TARGET)
-    crew = rays.RayCrew(config, kit, bench.backend.device.to_json())
-    yield crew
-    crew.close()
+    with begin(replace(bench, config=config)) as prologue:
+        yield prologue
 
 
 @pytest.fixture(params=["local", "ray"])
 def crew(request: pytest.FixtureRequest) -> Crew:
-    return LocalCrew() if request.param == "local" else request.getfixturevalue("on_ray")
+    prologue: Prologue = request.getfixturevalue("near" if request.param == "local" else "far")
+    return prologue.crew
+
+
+@pytest.fixture
+def kit(bench: Workbench, near: Prologue) -> Kit:
+    return Kit(bench.emitter, bench.spec, bench.backend, bench.reference, near.scorer, TimingProtocol())
+
+
+@pytest.fixture
+def trials(bench: Workbench, near: Prologue, tmp_path: Path) -> Trials:
+    limits = Limits(
+        parse_budgets(["1x"]), {"p50": 1.0}, bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
+    )
+    return Trials(
+        bench.emitter, bench.backend, near.reference, near.scorer, TimingProtocol(blocks=2, block_ms=1.0),
+        bench.traced.graph, structure_digest(bench.reference), limits, LatencyTable(tmp_path / "latencies.jsonl"),
+        ignore,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Is there once the policy that kills once has."""
+    return tmp_path_factory.mktemp("killed") / "once"
+
+
+@pytest.fixture(scope="module")
+def frail(cluster: Cluster, policies: list[Policy], killed: Path) -> Iterator[rays.Pool]:
+    """Two workers that may die, on a node of their own while there is one."""
+    node = cluster.add_node(num_cpus=0)
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    kit = ray.put((policies[1].digest, policies[2].digest, str(killed)))
+    pool = rays.Pool(partial(start, scheduling_strategy=place), 2, kit, "frail")
+    pool.wait_for_one()
+    yield pool
+    pool.close()
 
 
 def wave(policies: list[Policy], first: int = 0) -> list[tuple[int, str, Policy]]:
@@ -179,7 +220,7 @@ def test_another_wave_may_follow_one_that_was_left(crew: Crew, trials: Trials, p
 
 
 def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
-    on_ray: rays.RayCrew, kit: Kit, trials: Trials, policies: list[Policy]
+    frail: rays.Pool, killed: Path, trials: Trials, policies: list[Policy]
 ) -> None:
     seen: list[Fleet] = []
 
@@ -188,20 +229,44 @@ def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
             seen.append(event)
 
     _, killing, once, *rest = policies
-    killed, spared, *others = found(on_ray.executor(replace(trials, observer=watch)), wave([killing, once, *rest[:4]]))
-    assert (killed.status, killed.stage) == ("failed", "score")
-    assert killed.error is not None and killed.error.startswith(f"it lost {rays.ATTEMPTS} workers")
-    assert "\n" not in killed.error
-    assert spared.status == "ok" and kit.emitter.killed.exists()  # type: ignore[attr-defined]
+    executor = rays.RayExecutor(replace(trials, observer=watch), frail, None)
+    lost, spared, *others = found(executor, wave([killing, once, *rest[:4]]))
+    assert (lost.status, lost.stage) == ("failed", "score")
+    assert lost.error is not None and lost.error.startswith(f"it lost {rays.ATTEMPTS} workers")
+    assert "\n" not in lost.error
+    assert spared.status == "ok" and killed.exists()
     assert [other.policy for other in others] == rest[:4] and all(other.status == "ok" for other in others)
     assert (seen[-1].lost, seen[-1].retried, seen[-1].in_flight) == (rays.ATTEMPTS + 1, rays.ATTEMPTS, 0)
 
 
+def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: Trials, policies: list[Policy]) -> None:
+    results = rays.RayExecutor(trials, frail, None).run(wave(policies[3:12]))
+    numbers = [next(results).number]
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    finished = list(results)
+    assert sorted(numbers + [result.number for result in finished]) == list(range(9))
+    assert all(result.status == "ok" for result in finished)
+
+
+def test_a_closed_pool_leaves_no_actor(frail: rays.Pool) -> None:
+    def left() -> list[str]:
+        return [name for name in ray.util.list_named_actors() if "frail" in name]
+
+    assert left()
+    frail.close()
+    deadline = time.monotonic() + 20
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left()
+
+
 def test_nobody_scores_on_this_machine_while_it_is_measured(
-    on_ray: rays.RayCrew, trials: Trials, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
+    far: Prologue, trials: Trials, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(trials.backend), "measures", True)
-    workers, busy = on_ray.pools[0], []
+    assert isinstance(far.crew, rays.RayCrew)
+    workers, busy = far.crew.pools[0], []
 
     def do(own: Trials, task: Task, announce: Any) -> Any:
         assert isinstance(task, TimeTask)
@@ -216,29 +281,25 @@ def test_nobody_scores_on_this_machine_while_it_is_measured(
     assert len(busy) == 6 and not any(map(any, busy))
 
 
-def searched(bench: Workbench, folder: Path) -> SearchResult:
-    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
+def searched(bench: Workbench, prologue: Prologue, folder: Path) -> SearchResult:
+    with Run.create(folder, manifest_of(bench)) as run:
         return conduct(bench, prologue, run, ignore)
 
 
-def test_a_search_ends_with_the_result_of_the_local_one(cluster: Cluster, bench: Workbench, tmp_path: Path) -> None:
-    before = sorted(ray.util.list_named_actors())
-    local = searched(bench, tmp_path / "local")
-    far = searched(replace(bench, config=replace(CONFIG, executor="ray", workers=2)), tmp_path / "far")
-    assert far.contenders == local.contenders and far.trials == local.trials
-    assert plain(far.front) == plain(local.front)
-    deadline = time.monotonic() + 20
-    while sorted(ray.util.list_named_actors()) != before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert sorted(ray.util.list_named_actors()) == before
+def test_a_search_ends_with_the_result_of_the_local_one(
+    near: Prologue, far: Prologue, bench: Workbench, tmp_path: Path
+) -> None:
+    local, remote = (searched(bench, prologue, tmp_path / name) for name, prologue in (("near", near), ("far", far)))
+    assert remote.contenders == local.contenders and remote.trials == local.trials
+    assert plain(remote.front) == plain(local.front)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"workers": 99}, r"99 workers take 99 CPUs and the cluster has 5"),
+        ({"workers": 99}, r"99 workers take 99 CPUs and the cluster has 2"),
         ({"workers": 1, "gpus_per_worker": 0.5}, r"0.5 GPUs and the cluster has 0"),
-        ({"workers": 1, "target_resource": "jetson"}, r"no node .*'jetson'; it has CPU 5, board 1, other 1: start"),
+        ({"workers": 1, "target_resource": "jetson"}, r"no node .*'jetson'; it has CPU 2, board 1: start"),
     ],
 )
 def test_a_cluster_that_does_not_suffice_is_refused(cluster: Cluster, changes: dict[str, Any], words: str) -> None:
@@ -246,23 +307,11 @@ def test_a_cluster_that_does_not_suffice_is_refused(cluster: Cluster, changes: d
         rays.check(replace(CONFIG, executor="ray", **changes))
 
 
-def test_a_target_that_is_another_device_is_refused(cluster: Cluster, kit: Kit) -> None:
-    config = replace(CONFIG, executor="ray", workers=1, target_resource=OTHER)
+def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Workbench) -> None:
+    pool = rays.Pool(start, 1, ray.put(("", "", "")), "meter", bench.backend.device.to_json())
     with pytest.raises(ConfigError, match="start the search on a node that has the target"):
-        rays.RayCrew(config, kit, {"name": "another"})
-
-
-def test_a_lost_node_loses_no_trial(
-    cluster: Cluster, on_ray: rays.RayCrew, trials: Trials, policies: list[Policy]
-) -> None:
-    results = on_ray.executor(trials).run(wave(policies[3:12]))
-    numbers = [next(results).number]
-    (node,) = cluster.worker_nodes
-    cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(**NODE)
-    finished = list(results)
-    assert sorted(numbers + [result.number for result in finished]) == list(range(9))
-    assert all(result.status == "ok" for result in finished)
+        pool.wait_for_one()
+    pool.close()
 
 
 def test_without_ray_the_answer_is_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

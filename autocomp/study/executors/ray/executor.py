@@ -17,8 +17,8 @@ from autocomp.results import TrialResult
 from autocomp.study.executors.kit import Kit, send
 from autocomp.study.executors.ray.connect import check, workers_of
 from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
+from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
-from autocomp.study.worker import Answer, Task, TimeTask
 
 __all__ = ["ATTEMPTS", "RayCrew", "RayExecutor"]
 

@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 
 from autocomp.errors import AutocompError, ConfigError, RunError
 from autocomp.study.executors.kit import Parcel, open_kit, receive
-from autocomp.study.worker import Answer, Task, Worker, line_of
+from autocomp.study.tasks import Answer, Task
+from autocomp.study.worker import Worker, line_of
 
 __all__ = ["Member", "Pool", "Station", "reason_of"]
 
