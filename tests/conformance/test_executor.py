@@ -39,7 +39,7 @@ from autocomp.study.workbench import Workbench, prepare
 from autocomp.study.worker import Emitter
 
 CONFIG = SearchConfig(
-    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=2, calibration_images=16, search_images=32,
+    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16, search_images=32,
     selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
 )  # fmt: skip
 TARGET = "board"
