@@ -74,12 +74,20 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """How a cluster's workers stand: ready, trials in flight, workers lost and trials sent again so far."""
+    """How a cluster stands.
+
+    Attributes:
+        workers: ready to score.
+        in_flight: trials that somebody works on.
+        lost, retried: workers lost, and trials sent again, so far.
+        measuring: share of the time so far that the target devices were timing; None where times are computed.
+    """
 
     workers: int
     in_flight: int
     lost: int
     retried: int
+    measuring: float | None = None
 
 
 Event = Phase | Stage | Step | TrialDone | Note | Fleet

@@ -101,7 +101,8 @@ def sleep_through(processes: int, workers: int, seconds: float, plan: Plan) -> f
     each = -(-workers // processes)
     shared = [ray.remote(Sleeper).options(num_cpus=0, max_concurrency=each).remote() for _ in range(processes)]
     turn = cycle(shared)
-    pool = Pool(lambda name: next(turn), workers, seconds, "worker")
+    pool = Pool(lambda name: next(turn), workers, "worker")
+    pool.equip(seconds)
     while len(pool.members) < workers:
         for ref in ray.wait(list(pool.joining))[0]:
             pool.joined(ref)

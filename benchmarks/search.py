@@ -113,8 +113,8 @@ def prepared(case: str, hardware: str, work: Path, images: int) -> tuple[Bench, 
     folder = work / f"search-{case}-{hardware}-{digest_of(dict(bench.digests))[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     trials = Trials(
-        bench.traced.graph, bench.emitter, backend, reference, structure_digest(bench.reference), scorers[0], limits,
-        TimingProtocol(), LatencyTable(folder / "latencies.jsonl"), lambda event: None,
+        bench.emitter, backend, reference, scorers[0], TimingProtocol(), bench.traced.graph,
+        structure_digest(bench.reference), limits, LatencyTable(folder / "latencies.jsonl"), folder, lambda event: None,
     )  # fmt: skip
     begun = process_time()
     sensitivity = measure(bench, QUICK, lambda event: None)

@@ -231,6 +231,8 @@ def _rank(result: TrialResult) -> float:
 
 def _counts(fleet: Fleet, a_minute: float) -> str:
     parts = [f"{fleet.in_flight} trials on {fleet.workers} workers", f"{significant(a_minute, 2)}/min"]
+    if fleet.measuring is not None:
+        parts.append(f"device timing {100 * fleet.measuring:.0f}% of the time")
     if fleet.lost:
         parts.append(f"{fleet.lost} workers lost, {fleet.retried} trials sent again")
     return ", ".join(parts)

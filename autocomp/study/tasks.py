@@ -11,9 +11,16 @@ __all__ = ["Answer", "ScoreTask", "Task", "TimeTask", "Timed"]
 
 @dataclass(frozen=True, slots=True)
 class TimeTask:
-    """Time the engine of a file beside the uncompressed one, which usually takes ``usual_ms``."""
+    """Time the engine of a file beside the uncompressed one.
+
+    Attributes:
+        onnx: the file.
+        structure: digest of what its latency depends on.
+        usual_ms: that the uncompressed engine takes.
+    """
 
     onnx: bytes
+    structure: str
     usual_ms: float
 
 
@@ -44,6 +51,7 @@ class Answer:
         seconds: stage -> wall time.
         stage: the last one.
         error: one line; None where all went well.
+        log: where and how it came to the error, in lines.
     """
 
     timed: Timed | None = None
@@ -51,3 +59,4 @@ class Answer:
     seconds: Mapping[str, float] = field(default_factory=dict)
     stage: str = ""
     error: str | None = None
+    log: str = ""

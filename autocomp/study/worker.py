@@ -1,10 +1,13 @@
 """Who does the two costly parts of a trial: timing a policy's engine, and scoring it."""
 
+import os
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from traceback import format_exception
 from typing import Protocol
 
 from autocomp.capabilities import DeviceInfo
@@ -18,7 +21,7 @@ from autocomp.study.score import Scorer
 from autocomp.study.steady import Patience
 from autocomp.study.tasks import Answer, ScoreTask, Task, Timed, TimeTask
 
-__all__ = ["FAULTS", "Emitter", "Stopwatch", "Worker", "line_of"]
+__all__ = ["FAULTS", "Emitter", "Stopwatch", "Worker", "line_of", "log_of"]
 
 AGAIN_S = (0.0, 0.5)
 """Pauses before a trial's timing is repeated on a slowed device, which slows int8 more than the float reference."""
@@ -104,7 +107,7 @@ class Worker:
                 case ScoreTask():
                     score = self._score(task.policy, watch)
         except FAULTS as error:
-            return Answer(None, None, watch.seconds, watch.stage, line_of(error))
+            return Answer(None, None, watch.seconds, watch.stage, line_of(error), log_of(error))
         return Answer(timed, score, watch.seconds, watch.stage)
 
     def time(self, task: TimeTask) -> Timed:
@@ -129,3 +132,8 @@ class Worker:
 def line_of(error: BaseException) -> str:
     """An error as one line of at most 500 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:500]
+
+
+def log_of(error: BaseException) -> str:
+    """The machine and process, and how it came to an error, as lines."""
+    return f"on {platform.node()}, process {os.getpid()}\n{''.join(format_exception(error))}"

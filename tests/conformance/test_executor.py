@@ -1,16 +1,19 @@
 """What every executor must do, and what a cluster must survive."""
 
 import importlib
+import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -26,7 +29,7 @@ from autocomp.outcome import Event, Fleet, SearchResult
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
 from autocomp.results import Score, TimingProtocol, TrialResult
-from autocomp.study import executors
+from autocomp.study import executors, workbench
 from autocomp.study.conduct import conduct, manifest_of
 from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
@@ -39,8 +42,8 @@ from autocomp.study.workbench import Workbench, prepare
 from autocomp.study.worker import Emitter
 
 CONFIG = SearchConfig(
-    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16, search_images=32,
-    selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
+    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16,
+    search_images=32, selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
 )  # fmt: skip
 TARGET = "board"
 
@@ -111,7 +114,7 @@ def bench(policies: list[Policy]) -> Workbench:
 @pytest.fixture(scope="module")
 def near(bench: Workbench) -> Iterator[Prologue]:
     """A search of this process."""
-    with begin(bench) as prologue:
+    with begin(bench, executors.LocalCrew()) as prologue:
         yield prologue
 
 
@@ -131,7 +134,7 @@ def cluster() -> Iterator[Cluster]:
 def far(cluster: Cluster, bench: Workbench) -> Iterator[Prologue]:
     """A search on the cluster: two workers, and an actor that times."""
     config = replace(CONFIG, executor="ray", workers=2, target_resource=TARGET)
-    with begin(replace(bench, config=config)) as prologue:
+    with closing(executors.hire(config)) as crew, begin(bench, crew) as prologue:
         yield prologue
 
 
@@ -154,7 +157,7 @@ def trials(bench: Workbench, near: Prologue, tmp_path: Path) -> Trials:
     return Trials(
         bench.emitter, bench.backend, near.reference, near.scorer, TimingProtocol(blocks=2, block_ms=1.0),
         bench.traced.graph, structure_digest(bench.reference), limits, LatencyTable(tmp_path / "latencies.jsonl"),
-        ignore,
+        tmp_path, ignore,
     )  # fmt: skip
 
 
@@ -170,8 +173,9 @@ def frail(cluster: Cluster, policies: list[Policy], killed: Path) -> Iterator[ra
     node = cluster.add_node(num_cpus=0)
     place = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
     kit = ray.put((policies[1].digest, policies[2].digest, str(killed)))
-    pool = rays.Pool(partial(start, scheduling_strategy=place), 2, kit, "frail")
-    pool.wait_for_one()
+    pool = rays.Pool(partial(start, scheduling_strategy=place), 2, "frail")
+    pool.equip(kit)
+    pool.gather()
     yield pool
     pool.close()
 
@@ -204,10 +208,26 @@ def test_every_trial_has_the_result_that_this_process_finds(
     executor.close()
 
 
-def test_a_policys_failure_is_its_result(crew: Crew, trials: Trials, policies: list[Policy]) -> None:
+def test_a_policys_failure_is_its_result_with_a_log(
+    crew: Crew, trials: Trials, policies: list[Policy], tmp_path: Path
+) -> None:
     failed, fine = found(crew.executor(trials), wave([policies[0], policies[3]]))
     assert (failed.status, failed.stage, failed.error) == ("failed", "compress", "layer1 is not finite")
-    assert fine.status == "ok"
+    assert fine.status == "ok" and fine.log is None
+    assert failed.log is not None
+    told, *lines = (tmp_path / failed.log).read_text().splitlines()
+    assert Policy.from_json(json.loads(told)) == policies[0]
+    (raised,) = (place for place, line in enumerate(lines) if "raise CompressError" in line)
+    assert "in compress" in lines[raised - 1]
+
+
+def test_two_trials_of_one_structure_are_timed_once(
+    crew: Crew, trials: Trials, policies: list[Policy], tmp_path: Path
+) -> None:
+    results = found(crew.executor(trials), wave([policies[3], policies[3], policies[4]]))
+    assert [result.policy for result in results] == [policies[3], policies[3], policies[4]]
+    assert results[0].latency_ms == results[1].latency_ms != results[2].latency_ms
+    assert len((tmp_path / "latencies.jsonl").read_text().splitlines()) == 2
 
 
 def test_another_wave_may_follow_one_that_was_left(crew: Crew, trials: Trials, policies: list[Policy]) -> None:
@@ -234,9 +254,12 @@ def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
     assert (lost.status, lost.stage) == ("failed", "score")
     assert lost.error is not None and lost.error.startswith(f"it lost {rays.ATTEMPTS} workers")
     assert "\n" not in lost.error
+    assert lost.log is not None
+    assert (trials.folder / lost.log).read_text().count(f"on {platform.node()}: ") == rays.ATTEMPTS
     assert spared.status == "ok" and killed.exists()
     assert [other.policy for other in others] == rest[:4] and all(other.status == "ok" for other in others)
     assert (seen[-1].lost, seen[-1].retried, seen[-1].in_flight) == (rays.ATTEMPTS + 1, rays.ATTEMPTS, 0)
+    assert seen[-1].measuring is None
 
 
 def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: Trials, policies: list[Policy]) -> None:
@@ -266,7 +289,11 @@ def test_nobody_scores_on_this_machine_while_it_is_measured(
 ) -> None:
     monkeypatch.setattr(type(trials.backend), "measures", True)
     assert isinstance(far.crew, rays.RayCrew)
-    workers, busy = far.crew.pools[0], []
+    workers, busy, shares = far.crew.workers, list[list[bool]](), list[float | None]()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Fleet):
+            shares.append(event.measuring)
 
     def do(own: Trials, task: Task, announce: Any) -> Any:
         assert isinstance(task, TimeTask)
@@ -275,10 +302,11 @@ def test_nobody_scores_on_this_machine_while_it_is_measured(
 
     inner = Trials.do
     monkeypatch.setattr(Trials, "do", do)
-    results = found(rays.RayExecutor(trials, workers, None), wave(policies[3:9]))
+    results = found(rays.RayExecutor(replace(trials, observer=watch), workers, None), wave(policies[3:9]))
     assert [result.status for result in results] == ["ok"] * 6
     assert {member.host for member in workers.members} == {platform.node()}
     assert len(busy) == 6 and not any(map(any, busy))
+    assert shares and all(share is not None and 0 < share < 1 for share in shares)
 
 
 def searched(bench: Workbench, prologue: Prologue, folder: Path) -> SearchResult:
@@ -308,9 +336,10 @@ def test_a_cluster_that_does_not_suffice_is_refused(cluster: Cluster, changes: d
 
 
 def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Workbench) -> None:
-    pool = rays.Pool(start, 1, ray.put(("", "", "")), "meter", bench.backend.device.to_json())
+    pool = rays.Pool(start, 1, "meter")
+    pool.equip(ray.put(("", "", "")), bench.backend.device.to_json())
     with pytest.raises(ConfigError, match="start the search on a node that has the target"):
-        pool.wait_for_one()
+        pool.gather()
     pool.close()
 
 
@@ -320,13 +349,28 @@ def test_without_ray_the_answer_is_what_to_install(monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(executors, "ray")
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match=r"pip install 'autocomp\[ray\]'"):
-        executors.check_executor(replace(CONFIG, executor="ray"))
+        executors.hire(replace(CONFIG, executor="ray"))
 
 
-def test_nobody_at_the_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "variable", "words"),
+    [
+        ("ray://127.0.0.1:9", "", r"ray://127.0.0.1:9"),
+        ("auto", "127.0.0.1:9", r":9"),
+        (None, "", r":7"),  # a cluster that was killed leaves a record
+    ],
+)
+def test_nobody_at_the_address_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None, variable: str, words: str
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:7")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", variable)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray://127.0.0.1:9 .*ray start --head"):
-        rays.check(replace(CONFIG, executor="ray", address="ray://127.0.0.1:9"))
+    monkeypatch.setattr(ray, "init", lambda *arguments, **options: pytest.fail("it waits for minutes"))
+    with pytest.raises(ConfigError, match=f"no Ray cluster answers at .*{words} .*ray start --head"):
+        rays.check(replace(CONFIG, executor="ray", address=address))
 
 
 def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +396,20 @@ def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, m
     importlib.invalidate_caches()
     with pytest.raises(ConfigError, match="package only_here is missing"):
         receive(parcel)
+
+
+def test_what_is_computed_sooner_than_sent_does_not_travel(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    parcel = send(kit, ray.cloudpickle.dumps)
+
+    def outputs(of: Kit) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = of.emitter.inner.statistics.outputs  # type: ignore[attr-defined]
+        return found
+
+    there = outputs(receive(parcel))
+    assert there and there.keys() == outputs(kit).keys()
+    assert all(np.array_equal(there[name], value) for name, value in outputs(kit).items())
+    monkeypatch.setattr(workbench, "kept_outputs", lambda traced, images: {})
+    assert not outputs(receive(parcel))
 
 
 def test_images_that_only_the_driver_can_read_are_named(kit: Kit) -> None:
