@@ -14,6 +14,7 @@ __all__ = [
     "PREDICTED",
     "ChoiceEffect",
     "Contender",
+    "EpochDone",
     "Event",
     "Fleet",
     "LayerChoice",
@@ -66,6 +67,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochDone:
+    """An epoch of training is done, counted from 1, with this mean loss."""
+
+    number: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """One line the user should read: a warning, or a decision taken on their behalf."""
 
@@ -90,7 +99,7 @@ class Fleet:
     measuring: float | None = None
 
 
-Event = Phase | Stage | Step | TrialDone | Note | Fleet
+Event = Phase | Stage | Step | TrialDone | EpochDone | Note | Fleet
 Observer = Callable[[Event], None]
 
 

@@ -29,6 +29,7 @@ from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.study import journaled_trials
 from autocomp.study.workbench import Workbench, package_versions, prepare
+from autocomp.train import Trainer
 
 __all__ = ["load_result", "resume", "retarget", "run_front", "run_search", "search"]
 
@@ -264,15 +265,15 @@ def _conduct(
         raise Interrupted(run.folder, "autocomp report {run}") from None
     if bench.config.finetune_epochs == 0 or result.best is None:
         return result
-    return _trained(bench, run, result, observer)
+    return _trained(bench, run, result, observer, prologue.crew.trainer())
 
 
-def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer) -> SearchResult:
+def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer, train: Trainer) -> SearchResult:
     """A finished search's result after the fine-tuning that its configuration asks for."""
     epochs = bench.config.finetune_epochs
     try:
         with storage_errors(run.folder):
-            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer)
+            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer, train)
         write_report(found.result, run.folder)
     except (CompressError, DataError) as error:
         observer(Note(f"not fine-tuned: {error}"))

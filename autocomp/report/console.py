@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.outcome import Event, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
+from autocomp.outcome import EpochDone, Event, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.report.tables import (
     ContenderRow,
     contender_rows,
@@ -77,6 +77,8 @@ class LiveScreen:
                 self._advance()
             case TrialDone(result):
                 self._count(result)
+            case EpochDone(number, loss):
+                self._print(f"epoch {number}: loss {significant(loss, 3)}")
             case Note(text):
                 self._print(f"note: {text}")
         if self._live.is_started:

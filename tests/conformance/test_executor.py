@@ -16,16 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.budget import parse_budgets
 from autocomp.compress import Compressed
 from autocomp.config import SearchConfig
+from autocomp.data.arrays import ArraySplit
+from autocomp.data.preprocess import Preprocess
 from autocomp.engines import initializer_bytes, structure_digest
 from autocomp.errors import CompressError, ConfigError, DataError
 from autocomp.hardware import LatencyTable
-from autocomp.outcome import Event, Fleet, SearchResult
+from autocomp.outcome import EpochDone, Event, Fleet, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
 from autocomp.results import Score, TimingProtocol, TrialResult
@@ -34,12 +37,14 @@ from autocomp.study.conduct import conduct, manifest_of
 from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.executors.ray.tuning import RATES
 from autocomp.study.run import Run
 from autocomp.study.search import Prologue, begin
 from autocomp.study.tasks import Answer, ScoreTask, Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
 from autocomp.study.worker import Emitter
+from autocomp.train import TrainingRecipe, finetune
 
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16,
@@ -272,7 +277,7 @@ def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: 
     assert all(result.status == "ok" for result in finished)
 
 
-def test_a_closed_pool_leaves_no_actor(frail: rays.Pool) -> None:
+def test_a_closed_pool_leaves_no_actor_and_opens_again(frail: rays.Pool) -> None:
     def left() -> list[str]:
         return [name for name in ray.util.list_named_actors() if "frail" in name]
 
@@ -282,6 +287,9 @@ def test_a_closed_pool_leaves_no_actor(frail: rays.Pool) -> None:
     while left() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left()
+    frail.equip(ray.put(("", "", "")))
+    frail.gather()
+    assert len(frail.members) == 2
 
 
 def test_nobody_scores_on_this_machine_while_it_is_measured(
@@ -430,3 +438,38 @@ def test_a_run_folder_in_a_jobs_copy_is_refused(
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match="outlives"):
         rays.check(replace(CONFIG, executor="ray", out=out))
+
+
+def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
+    far: Prologue, bench: Workbench, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    pixels, labels = draw.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8), np.arange(48) % 10
+    images = ArraySplit(pixels, labels, np.arange(48), Preprocess((0.5,) * 3, (0.5,) * 3), "noise")
+    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0)
+    module = bench.traced.module
+    recipes = [replace(recipe, lr=rate * recipe.lr) for rate in RATES]
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            raise KeyboardInterrupt
+
+    for folder in (tmp_path / "near", tmp_path / "far"):
+        folder.mkdir()
+        for own in recipes[1:]:  # the first one had not begun
+            with pytest.raises(KeyboardInterrupt):
+                finetune(module, module, images, own, stop, folder / f"finetune.{own.lr:g}.pt")
+    marked = tmp_path / "far" / f"finetune.{recipes[-1].lr:g}.pt"
+    state = torch.load(marked, weights_only=True)
+    torch.save({**state, "losses": ((9.0,), 0.0, 0)}, marked)
+    local = [
+        finetune(module, module, images, own, ignore, tmp_path / "near" / f"finetune.{own.lr:g}.pt") for own in recipes
+    ]
+    assert all(other.losses > local[-1].losses for other in local[:-1])  # so that it cannot be stopped early
+    events: list[Event] = []
+    found = far.crew.trainer()(module, module, images, recipe, events.append, tmp_path / "far" / "finetune.pt")
+    assert found.recipe == recipes[-1]
+    assert found.losses == (9.0, local[-1].losses[1])
+    assert all(np.array_equal(found.tensors[name], value) for name, value in local[-1].tensors.items())
+    assert not any(isinstance(event, Step) for event in events)
+    assert {path.suffix for path in (tmp_path / "far").iterdir()} == {".pt"}

@@ -9,6 +9,7 @@ from autocomp.protocols import Executor
 from autocomp.study.executors.kit import Kit
 from autocomp.study.executors.local import LocalCrew, LocalExecutor
 from autocomp.study.trial import Trials
+from autocomp.train import Trainer
 
 __all__ = ["EXECUTORS", "Crew", "Kit", "LocalCrew", "LocalExecutor", "hire"]
 
@@ -31,6 +32,10 @@ class Crew(Protocol):
         ...
 
     def executor(self, trials: Trials) -> Executor: ...
+
+    def trainer(self) -> Trainer:
+        """Who trains where the crew works, once its trials are done."""
+        ...
 
     def close(self) -> None: ...
 

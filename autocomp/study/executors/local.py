@@ -7,6 +7,7 @@ from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.study.executors.kit import Kit
 from autocomp.study.trial import Trials
+from autocomp.train import Trainer, finetune
 
 __all__ = ["LocalCrew", "LocalExecutor"]
 
@@ -33,6 +34,9 @@ class LocalCrew:
 
     def executor(self, trials: Trials) -> LocalExecutor:
         return LocalExecutor(trials)
+
+    def trainer(self) -> Trainer:
+        return finetune
 
     def close(self) -> None:
         """Nothing is held."""

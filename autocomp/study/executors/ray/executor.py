@@ -20,6 +20,7 @@ from autocomp.study.executors.ray.connect import check, workers_of
 from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
 from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
+from autocomp.train import Trainer
 
 __all__ = ["ATTEMPTS", "RayCrew", "RayExecutor"]
 
@@ -214,15 +215,27 @@ class RayCrew:
 
     def equip(self, kit: Kit, device: Mapping[str, Any]) -> None:
         """The kit goes through the object store once."""
-        parcel = ray.put(send(kit, ray.cloudpickle.dumps))
+        self._equipment = ray.put(send(kit, ray.cloudpickle.dumps)), device
+        self._gather()
+
+    def executor(self, trials: Trials) -> RayExecutor:
+        self._gather()
+        return RayExecutor(trials, self.workers, self.meters)
+
+    def trainer(self) -> Trainer:
+        """Ray Tune, which needs the processors that the workers hold; they start again for the next search."""
+        from autocomp.study.executors.ray.tuning import finetune_on_ray
+
+        self.close()
+        return finetune_on_ray
+
+    def _gather(self) -> None:
+        parcel, device = self._equipment
         self.workers.equip(parcel)
         if self.meters is not None:
             self.meters.equip(parcel, device)
             self.meters.gather()
         self.workers.gather()
-
-    def executor(self, trials: Trials) -> RayExecutor:
-        return RayExecutor(trials, self.workers, self.meters)
 
     def close(self) -> None:
         for pool in (self.workers, self.meters):

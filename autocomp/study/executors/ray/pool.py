@@ -80,13 +80,15 @@ class Pool:
         self._waiting = [self._started() for _ in range(size)]
 
     def equip(self, kit: Any, device: Mapping[str, Any] | None = None) -> None:
-        """Have all load the kit.
+        """Have all load the kit, those that were closed after they have started again.
 
         Args:
             kit: reference to the parcel.
             device: fingerprint that all must have; None where any will do.
         """
         self._kit, self._device, self._missing_since = kit, device, monotonic()
+        missing = self.size - len(self.members) - len(self.joining) - len(self._waiting)
+        self._waiting += [self._started() for _ in range(missing)]
         while self._waiting:
             self._load(self._waiting.pop())
 
