@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ import torch
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from autocomp.api import load_result
 from autocomp.budget import parse_budgets
 from autocomp.compress import Compressed
 from autocomp.config import SearchConfig
@@ -127,7 +129,7 @@ def near(bench: Workbench) -> Iterator[Prologue]:
 def cluster() -> Iterator[Cluster]:
     """A head with the target."""
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    head = {"num_cpus": 2, "include_dashboard": False, "resources": {TARGET: 1}}
+    head = {"num_cpus": 2, "include_dashboard": True, "resources": {TARGET: 1}}
     made = Cluster(initialize_head=True, head_node_args=head)
     ray.init(made.address, logging_level="ERROR", log_to_driver=False)
     yield made
@@ -473,3 +475,26 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
     assert all(np.array_equal(found.tensors[name], value) for name, value in local[-1].tensors.items())
     assert not any(isinstance(event, Step) for event in events)
     assert {path.suffix for path in (tmp_path / "far").iterdir()} == {".pt"}
+
+
+@pytest.mark.slow
+def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """Last in this file: the cluster's processors are free then."""
+    sent, kept = tmp_path / "sent", tmp_path / "kept"
+    sent.mkdir()
+    (sent / "own.py").write_text("def metric(found, wanted, labels):\n    return 0.25\n")
+    small = {**CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray"}
+    flags = [
+        f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in small.items()
+        if value != getattr(SearchConfig(), name)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address=http://{cluster.head_node.webui_url}",
+         f"--working-dir={sent}", "--", sys.executable, "-m", "autocomp", "search", *flags, f"--out={kept}"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert "exit code 3" in said, said  # a simulated engine verifies nothing
+    (trial,) = load_result(kept).front
+    assert trial.score is not None and trial.score.divergence == 0.25

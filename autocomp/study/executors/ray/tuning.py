@@ -74,6 +74,7 @@ def finetune_on_ray(
             metric="loss",
             mode="min",
             scheduler=ASHAScheduler(time_attr="epoch", max_t=recipe.epochs, reduction_factor=len(RATES)),
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=FOLDER,
