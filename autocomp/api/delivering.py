@@ -1,7 +1,6 @@
 """What a finished run is turned into: verified, fine-tuned, exported, rebuilt."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from autocomp.storage import storage_errors, write_atomic
 from autocomp.study.artefacts import ShippedPolicy, write_model
 from autocomp.study.card import Card, sha256
 from autocomp.study.conduct import refuse_changes
-from autocomp.study.executors import hire
+from autocomp.study.executors import trainer
 from autocomp.study.finetune import Finetuned, finetune_run, recipe_of
 from autocomp.study.recheck import Verification, verify_run
 from autocomp.study.run import Run, read_manifest
@@ -68,11 +67,12 @@ def finetune(
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: name model and data, and search again")
     recipe = recipe_of(config, settings)
-    with Run.open(run) as opened, closing(hire(config)) as crew:
+    train = trainer(config)
+    with Run.open(run) as opened:
         bench = prepare(config, watch)
         refuse_changes(opened, bench)
         with storage_errors(run):
-            found = finetune_run(bench, opened, result, recipe, watch, crew.trainer())
+            found = finetune_run(bench, opened, result, recipe, watch, train)
     if found.replaced:
         write_report(found.result, run)
     return found

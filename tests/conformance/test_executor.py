@@ -1,15 +1,13 @@
 """What every executor must do, and what a cluster must survive."""
 
-import importlib
 import json
-import os
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,83 +21,36 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.api import load_result
 from autocomp.budget import parse_budgets
-from autocomp.compress import Compressed
 from autocomp.config import SearchConfig
 from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import Preprocess
 from autocomp.engines import initializer_bytes, structure_digest
-from autocomp.errors import CompressError, ConfigError, DataError
+from autocomp.errors import ConfigError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import EpochDone, Event, Fleet, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
-from autocomp.results import Score, TimingProtocol, TrialResult
+from autocomp.results import TimingProtocol, TrialResult
 from autocomp.study import executors, workbench
 from autocomp.study.conduct import conduct, manifest_of
 from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
-from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.executors.kit import receive, send
 from autocomp.study.executors.ray.tuning import RATES
 from autocomp.study.run import Run
 from autocomp.study.search import Prologue, begin
-from autocomp.study.tasks import Answer, ScoreTask, Task, TimeTask
+from autocomp.study.tasks import Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
-from autocomp.study.worker import Emitter
 from autocomp.train import TrainingRecipe, finetune
+from tests.conformance import frail_parts
+from tests.conformance.frail_parts import Refusing, start
 
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16,
     search_images=32, selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
 )  # fmt: skip
 TARGET = "board"
-
-
-@dataclass(frozen=True)
-class Refusing:
-    """An emitter that fails on one policy, wherever it is."""
-
-    inner: Emitter
-    refused: str
-
-    def skeleton(self, policy: Policy) -> bytes:
-        return self.inner.skeleton(policy)
-
-    def compress(self, policy: Policy) -> Compressed:
-        if policy.digest == self.refused:
-            raise CompressError("layer1 is not\nfinite")
-        return self.inner.compress(policy)
-
-    def finish(self, policy: Policy) -> Compressed:
-        return self.inner.finish(policy)
-
-    def emit(self, compressed: Compressed) -> bytes:
-        return self.inner.emit(compressed)
-
-
-class Frail:
-    """An actor in place of a `Station` that starts within a second, for it imports no torch.
-
-    It dies of one policy always, and of another one once.
-    """
-
-    def load(self, kit: tuple[str, str, str]) -> tuple[str, dict[str, str]]:
-        self._killing, self._killing_once, self._killed = kit
-        return platform.node(), {"name": "another"}
-
-    def do(self, task: ScoreTask) -> Answer:
-        digest = task.policy.digest
-        if digest == self._killing:
-            os._exit(1)
-        if digest == self._killing_once and not os.path.exists(self._killed):
-            os.close(os.open(self._killed, os.O_CREAT))
-            os._exit(1)
-        time.sleep(0.1)
-        return Answer(score=Score(1.0, None, 1), stage="score")
-
-
-def start(name: str, **options: Any) -> Any:
-    return ray.remote(Frail).options(name=name, num_cpus=0, **options).remote()
 
 
 def ignore(event: Event) -> None:
@@ -128,7 +79,7 @@ def near(bench: Workbench) -> Iterator[Prologue]:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head with the target."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.cloudpickle.register_pickle_by_value(frail_parts)
     head = {"num_cpus": 2, "include_dashboard": True, "resources": {TARGET: 1}}
     made = Cluster(initialize_head=True, head_node_args=head)
     ray.init(made.address, logging_level="ERROR", log_to_driver=False)
@@ -149,11 +100,6 @@ def far(cluster: Cluster, bench: Workbench) -> Iterator[Prologue]:
 def crew(request: pytest.FixtureRequest) -> Crew:
     prologue: Prologue = request.getfixturevalue("near" if request.param == "local" else "far")
     return prologue.crew
-
-
-@pytest.fixture
-def kit(bench: Workbench, near: Prologue) -> Kit:
-    return Kit(bench.emitter, bench.spec, bench.backend, bench.reference, near.scorer, TimingProtocol())
 
 
 @pytest.fixture
@@ -353,62 +299,10 @@ def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Wor
     pool.close()
 
 
-def test_without_ray_the_answer_is_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("autocomp.study.executors.ray")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(executors, "ray")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'autocomp\[ray\]'"):
-        executors.hire(replace(CONFIG, executor="ray"))
-
-
-@pytest.mark.parametrize(
-    ("address", "variable", "words"),
-    [
-        ("ray://127.0.0.1:9", "", r"ray://127.0.0.1:9"),
-        ("auto", "127.0.0.1:9", r":9"),
-        (None, "", r":7"),  # a cluster that was killed leaves a record
-    ],
-)
-def test_nobody_at_the_address_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None, variable: str, words: str
+def test_what_is_computed_sooner_than_sent_does_not_travel(
+    bench: Workbench, near: Prologue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ray").mkdir()
-    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:7")
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setenv("RAY_ADDRESS", variable)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda *arguments, **options: pytest.fail("it waits for minutes"))
-    with pytest.raises(ConfigError, match=f"no Ray cluster answers at .*{words} .*ray start --head"):
-        rays.check(replace(CONFIG, executor="ray", address=address))
-
-
-def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private.utils import check_version_info
-
-    def init(*arguments: Any, **options: Any) -> None:
-        check_version_info({"ray_version": "1.0.0", "python_version": "3.6.1"}, "here")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ConfigError, match=r"Version mismatch.*Ray: 1.0.0 Python: 3.6.1") as caught:
-        rays.check(replace(CONFIG, executor="ray", address="auto"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("def metric(a, b, c):\n    return 0.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    metric = importlib.import_module("only_here").metric
-    parcel = send(replace(kit, scorer=replace(kit.scorer, metric=metric)), ray.cloudpickle.dumps)
-    monkeypatch.delitem(sys.modules, "only_here")
-    (tmp_path / "only_here.py").unlink()
-    importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match="package only_here is missing"):
-        receive(parcel)
-
-
-def test_what_is_computed_sooner_than_sent_does_not_travel(kit: Kit, monkeypatch: pytest.MonkeyPatch) -> None:
+    kit = Kit(bench.emitter, bench.spec, bench.backend, bench.reference, near.scorer, TimingProtocol())
     parcel = send(kit, ray.cloudpickle.dumps)
 
     def outputs(of: Kit) -> Mapping[str, Any]:
@@ -420,26 +314,6 @@ def test_what_is_computed_sooner_than_sent_does_not_travel(kit: Kit, monkeypatch
     assert all(np.array_equal(there[name], value) for name, value in outputs(kit).items())
     monkeypatch.setattr(workbench, "kept_outputs", lambda traced, images: {})
     assert not outputs(receive(parcel))
-
-
-def test_images_that_only_the_driver_can_read_are_named(kit: Kit) -> None:
-    class Elsewhere:
-        def batches(self, size: int) -> Any:
-            raise DataError("cannot read /here/1.png")
-
-    with pytest.raises(DataError, match=r"/here/1.png.*storage that every node reaches"):
-        open_kit(replace(kit, scorer=replace(kit.scorer, split=Elsewhere())))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("out", [None, "here", "./deep/er"])
-def test_a_run_folder_in_a_jobs_copy_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
-) -> None:
-    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    with pytest.raises(ConfigError, match="outlives"):
-        rays.check(replace(CONFIG, executor="ray", out=out))
 
 
 def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(

@@ -9,9 +9,9 @@ from autocomp.protocols import Executor
 from autocomp.study.executors.kit import Kit
 from autocomp.study.executors.local import LocalCrew, LocalExecutor
 from autocomp.study.trial import Trials
-from autocomp.train import Trainer
+from autocomp.train import Trainer, finetune
 
-__all__ = ["EXECUTORS", "Crew", "Kit", "LocalCrew", "LocalExecutor", "hire"]
+__all__ = ["EXECUTORS", "Crew", "Kit", "LocalCrew", "LocalExecutor", "hire", "trainer"]
 
 EXECUTORS = ("local", "ray")
 
@@ -50,6 +50,14 @@ def hire(config: SearchConfig) -> Crew:
         return LocalCrew()
     crew: Crew = _ray().RayCrew(config)
     return crew
+
+
+def trainer(config: SearchConfig) -> Trainer:
+    """Who trains where a configuration's trials would run. Raises: ConfigError as `hire`."""
+    if config.executor == "local":
+        return finetune
+    train: Trainer = _ray().trainer(config)
+    return train
 
 
 def _ray() -> Any:

@@ -22,7 +22,7 @@ from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
 from autocomp.train import Trainer
 
-__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor"]
+__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor", "trainer"]
 
 ATTEMPTS = 3
 """Workers that a trial may lose before it has failed."""
@@ -205,6 +205,7 @@ class RayCrew:
 
     def __init__(self, config: SearchConfig) -> None:
         check(config)
+        self._config = config
         self.workers = Pool(
             partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker), workers_of(config), "worker"
         )
@@ -224,10 +225,8 @@ class RayCrew:
 
     def trainer(self) -> Trainer:
         """Ray Tune, which needs the processors that the workers hold; they start again for the next search."""
-        from autocomp.study.executors.ray.tuning import finetune_on_ray
-
         self.close()
-        return finetune_on_ray
+        return trainer(self._config)
 
     def _gather(self) -> None:
         parcel, device = self._equipment
@@ -241,6 +240,14 @@ class RayCrew:
         for pool in (self.workers, self.meters):
             if pool is not None:
                 pool.close()
+
+
+def trainer(config: SearchConfig) -> Trainer:
+    """Ray Tune on the cluster. Raises: ConfigError as `check`."""
+    check(config)
+    from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
+
+    return finetune_on_ray
 
 
 def _station(name: str, **options: Any) -> Any:
