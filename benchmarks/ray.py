@@ -187,7 +187,7 @@ class Formula:
 
     def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
         for number, role, policy in wave:
-            value = 1.0 / (1 + sum(policy.kept.values()))
+            value = int(policy.digest[:8], 16) / 2**32  # nothing to find, so that no policy is asked for twice
             yield TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 1), 1.0, 2.0, 5, 7)
 
     def close(self) -> None:
