@@ -14,6 +14,7 @@ __all__ = [
     "PREDICTED",
     "ChoiceEffect",
     "Contender",
+    "EpochDone",
     "Event",
     "Fleet",
     "LayerChoice",
@@ -66,6 +67,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class EpochDone:
+    """An epoch of training is done, counted from 1, with this mean loss."""
+
+    number: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """One line the user should read: a warning, or a decision taken on their behalf."""
 
@@ -74,15 +83,23 @@ class Note:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """How a cluster's workers stand: ready, trials in flight, workers lost and trials sent again so far."""
+    """How a cluster stands.
+
+    Attributes:
+        workers: ready to score.
+        in_flight: trials that somebody works on.
+        lost, retried: workers lost, and trials sent again, so far.
+        measuring: share of the time so far that the target devices were timing; None where times are computed.
+    """
 
     workers: int
     in_flight: int
     lost: int
     retried: int
+    measuring: float | None = None
 
 
-Event = Phase | Stage | Step | TrialDone | Note | Fleet
+Event = Phase | Stage | Step | TrialDone | EpochDone | Note | Fleet
 Observer = Callable[[Event], None]
 
 

@@ -162,6 +162,7 @@ class TrialResult:
         macs, size_bytes: of one sample, and of the ONNX initializers; None when failed before.
         stage: the last stage reached.
         error: what failed, one line.
+        log: file of the run folder that says more of it.
         cached_timing: the latency came from the cache.
         seconds: stage -> wall time.
     """
@@ -181,6 +182,7 @@ class TrialResult:
     error: str | None = None
     cached_timing: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
+    log: str | None = None
 
     @property
     def feasible(self) -> bool:
@@ -209,6 +211,7 @@ class TrialResult:
             "size_bytes": self.size_bytes,
             "stage": self.stage,
             "error": self.error,
+            "log": self.log,
             "cached_timing": self.cached_timing,
             "seconds": dict(self.seconds),
         }

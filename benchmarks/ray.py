@@ -1,9 +1,10 @@
 """What a Ray cluster of actors gives a search: scaling, a busy driver, start-up, equal results, kills survived.
 
-    python -m benchmarks.ray [scaling] [many] [search] [kills]
+    python -m benchmarks.ray [scaling] [many] [search] [memory] [kills]
 
 ``scaling`` and ``many`` sleep instead of scoring, so that they measure the executor alone. ``search`` runs the default
-job under the simulated engine here and on two actors. ``kills`` runs searches on a cluster of three nodes on this
+job under the simulated engine here and on two actors. ``memory`` takes answers from a formula, so that it measures what
+the driver holds. ``kills`` runs searches on a cluster of three nodes on this
 machine and kills a worker, a node or the driver at a random moment.
 """
 
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -28,19 +29,19 @@ from typing import Any
 import ray
 from ray.cluster_utils import Cluster
 
-from autocomp.api import run_search
+from autocomp.api import load_result
 from autocomp.config import SearchConfig
 from autocomp.controllers import make_controller
-from autocomp.outcome import Event, Phase
+from autocomp.outcome import Event
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.results import Score, TrialResult
 from autocomp.study.executors.ray import Pool, RayExecutor
 from autocomp.study.run import Manifest, Run
 from autocomp.study.study import Plan, Study
+from autocomp.study.tasks import Answer, ScoreTask
 from autocomp.study.trial import Steps
 from autocomp.study.workbench import prepare
-from autocomp.study.worker import Answer, ScoreTask
 from benchmarks.common import save, show
 
 MODEL = SearchConfig(
@@ -101,7 +102,8 @@ def sleep_through(processes: int, workers: int, seconds: float, plan: Plan) -> f
     each = -(-workers // processes)
     shared = [ray.remote(Sleeper).options(num_cpus=0, max_concurrency=each).remote() for _ in range(processes)]
     turn = cycle(shared)
-    pool = Pool(lambda name: next(turn), workers, seconds, "worker")
+    pool = Pool(lambda name: next(turn), workers, "worker")
+    pool.equip(seconds)
     while len(pool.members) < workers:
         for ref in ray.wait(list(pool.joining))[0]:
             pool.joined(ref)
@@ -153,32 +155,72 @@ def many() -> dict[str, Any]:
 
 
 def search() -> dict[str, Any]:
-    """The default job under the simulated engine, here and on two actors that this machine has no room beside."""
-    seconds: dict[str, float] = {}
-    results = {}
-    started: dict[str, float] = {}
+    """The default job under the simulated engine, alone and with two actors, each from a start without caches."""
+    flags = ["search", "--engine", "simulated", "--budget", "0.5x", "--batch", "32", "--trials", "32"]
+    flags += ["--baseline-trials", "8", "--wave", "8"]
+    begun_s, ended_s, contenders = {}, {}, {}
     with TemporaryDirectory() as folder:
-        for name, changes in (("local", {}), ("ray", {"executor": "ray", "address": "local", "workers": 2})):
-            config = SearchConfig(engine="simulated", budget=("0.5x",), batch=32, trials=32, baseline_trials=8, wave=8,
-                                  out=f"{folder}/{name}", **changes)  # type: ignore[arg-type]  # fmt: skip
+        for name, more in (("local", []), ("ray", ["--executor", "ray", "--address", "local", "--workers", "2"])):
+            run, home = Path(folder) / name, Path(folder) / f"{name}-home"
             begun = time.perf_counter()
-
-            def watch(event: Event, name: str = name, begun: float = begun) -> None:
-                if isinstance(event, Phase) and event.name == "reference":
-                    started[name] = time.perf_counter() - begun
-
-            results[name] = run_search(config, watch)
-            seconds[name] = time.perf_counter() - begun
-    ray.shutdown()
+            homes = {"XDG_CACHE_HOME": str(home), "XDG_DATA_HOME": str(home)}
+            process = _autocomp([*flags, *more, "--out", str(run)], {**os.environ, **homes})
+            _wait_for(run / "journal.jsonl", '"wave"')
+            begun_s[name] = time.perf_counter() - begun
+            process.wait()
+            ended_s[name] = time.perf_counter() - begun
+            contenders[name] = load_result(run).contenders
     found = {
-        "local_s": seconds["local"],
-        "ray_s": seconds["ray"],
-        "ratio": (seconds["ray"] - started["ray"]) / (seconds["local"] - started["local"]),
-        "start_s": started["ray"] - started["local"],
-        "same_best": results["ray"].contenders == results["local"].contenders,
+        "local_s": ended_s["local"],
+        "ray_s": ended_s["ray"],
+        "ratio": ended_s["ray"] / ended_s["local"],
+        "start_s": begun_s["ray"] - begun_s["local"],
+        "same_best": contenders["ray"] == contenders["local"],
     }
     show("the default job", tuple(found), [tuple(f"{value:.3g}" for value in found.values())])
     return {"search": found}
+
+
+@dataclass(frozen=True)
+class Formula:
+    """An executor whose answers cost nothing."""
+
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+        for number, role, policy in wave:
+            value = int(policy.digest[:8], 16) / 2**32  # nothing to find, so that no policy is asked for twice
+            yield TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 1), 1.0, 2.0, 5, 7)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def memory(trials: int) -> dict[str, Any]:
+    """What the driver holds of many trials, and what one costs it; nothing is compressed, timed or scored."""
+    plan, controller = planned(trials, 256)
+    before = _memory_mb("RssAnon")
+    with TemporaryDirectory() as folder, Run.create(Path(folder) / "run", Manifest("", {}, [], {}, {}, {})) as run:
+        begun = time.perf_counter()
+        results = Study(run, Formula(), Sleeping().observer).explore(plan)
+        elapsed = time.perf_counter() - begun
+        journal_mb = (run.folder / "journal.jsonl").stat().st_size / 1e6
+    found = {
+        "trials": len(results),
+        "driver_mb": _memory_mb("VmRSS"),
+        "of_it_libraries_mb": _memory_mb("RssFile"),
+        "grown_mb": _memory_mb("RssAnon") - before,
+        "journal_mb": journal_mb,
+        "ms_a_trial": 1e3 * elapsed / len(results),
+        "ask_tell_ms": max(controller.waves),
+    }
+    show("many trials", tuple(found), [tuple(f"{value:.4g}" for value in found.values())])
+    return {"memory": found}
+
+
+def _memory_mb(field: str) -> float:
+    """Of this process, as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (found,) = (line.split()[1] for line in lines if line.startswith(f"{field}:"))
+    return int(found) * 1024 / 1e6
 
 
 def kills(runs: int) -> dict[str, Any]:
@@ -224,22 +266,29 @@ def _driver(verb: str, run: Path, address: str) -> "subprocess.Popen[bytes]":
     flags += ["--engine", "simulated", "--budget", "0.7x", "--trials", "24", "--baseline-trials", "4", "--wave", "8"]
     flags += ["--calibration-images", "16", "--search-images", "32", "--selection-images", "32", "--finalists", "1"]
     words = [verb, str(run)] if verb == "resume" else [verb, *flags, "--out", str(run)]
-    return subprocess.Popen([sys.executable, "-m", "autocomp", *words], stdout=subprocess.DEVNULL)
+    return _autocomp(words, dict(os.environ))
 
 
-def _wait_for(path: Path) -> None:
+def _autocomp(words: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen([sys.executable, "-m", "autocomp", *words], stdout=subprocess.DEVNULL, env=environment)
+
+
+def _wait_for(path: Path, text: str = "") -> None:
+    """Until a file is there and holds a text."""
     deadline = time.monotonic() + 120
-    while not path.exists() and time.monotonic() < deadline:
+    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="searches in which something is killed [20]")
+    parser.add_argument("--trials", type=int, default=100_000, help="of the part memory [100000]")
     parser.add_argument("parts", nargs="*", help="all where none is named")
     given = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]]
-    parts = {"scaling": scaling, "many": many, "search": search, "kills": partial(kills, given.kills)}
+    parts = {"scaling": scaling, "many": many, "search": search, "memory": partial(memory, given.trials)}
+    parts["kills"] = partial(kills, given.kills)
     for name in given.parts or parts:
         print(f"wrote {save('ray', parts[name]())}")
 

@@ -115,7 +115,7 @@ def prepared(case: str, hardware: str, work: Path, images: int) -> tuple[Bench, 
     trials = Trials(
         emitter=bench.emitter, backend=backend, reference=reference, scorer=scorers[0], protocol=TimingProtocol(),
         graph=bench.traced.graph, reference_structure=structure_digest(bench.reference), limits=limits,
-        cache=LatencyTable(folder / "latencies.jsonl"), observer=lambda event: None,
+        cache=LatencyTable(folder / "latencies.jsonl"), folder=folder, observer=lambda event: None,
     )  # fmt: skip
     begun = process_time()
     sensitivity = measure(bench, QUICK, lambda event: None)

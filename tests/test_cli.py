@@ -91,11 +91,11 @@ class FakeApi:
         print("a library chats")
         return self._answer("verify_shipped", folder, data)
 
-    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None]) -> Any:
+    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], address: str | None) -> Any:
         observer(Phase("finetune", 2))
         observer(Step())
         print("a library chats")
-        return self._answer("finetune", run, settings)
+        return self._answer("finetune", run, settings, *([] if address is None else [address]))
 
     def export(self, run: Path, kinds: list[str], out: Path) -> Any:
         print("a library chats")
@@ -639,8 +639,8 @@ def test_finetune_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixtur
     out = capfd.readouterr().out
     assert "80.00 % before, 82.00 % after" in out and "1.5, 0.5" in out
     assert (f"the run stays as it was: {reason}" if reason else "+2.00 points (+1.00 to +3.00)") in out
-    assert run("finetune", "runs/x", "--json") == 0
-    assert api.calls[-1] == ("finetune", Path("runs/x"), {})
+    assert run("finetune", "runs/x", "--json", "--address", "auto") == 0
+    assert api.calls[-1] == ("finetune", Path("runs/x"), {}, "auto")
     printed = json.loads(capfd.readouterr().out)
     assert printed["replaced"] is (reason is None) and printed["losses"] == [1.5, 0.5]
     documented = (ROOT / "docs" / "json.md").read_text().split("## `finetune`")[1].split("\n## ")[0]

@@ -15,6 +15,7 @@ from autocomp.storage import storage_errors, write_atomic
 from autocomp.study.artefacts import ShippedPolicy, write_model
 from autocomp.study.card import Card, sha256
 from autocomp.study.conduct import refuse_changes
+from autocomp.study.executors import trainer
 from autocomp.study.finetune import Finetuned, finetune_run, recipe_of
 from autocomp.study.recheck import Verification, verify_run
 from autocomp.study.run import Run, read_manifest
@@ -44,11 +45,14 @@ def verify(run: Path, observer: Observer | None = None) -> Verification:
     return found
 
 
-def finetune(run: Path, settings: Mapping[str, Any], observer: Observer | None = None) -> Finetuned:
+def finetune(
+    run: Path, settings: Mapping[str, Any], observer: Observer | None = None, address: str | None = None
+) -> Finetuned:
     """Train the best model of a finished run, and keep it there where the engine says that it is better.
 
     Args:
         settings: fields of `autocomp.train.TrainingRecipe`; without ``flip`` digits are not mirrored, all else is.
+        address: of another Ray cluster than the run's.
 
     Raises:
         InputError: the run is not finished or of live objects, something it depends on has changed, or there are no
@@ -58,14 +62,17 @@ def finetune(run: Path, settings: Mapping[str, Any], observer: Observer | None =
     watch = observer or silent
     result, manifest = load_result(run), read_manifest(run)
     config = SearchConfig.from_json(manifest.config)
+    if address is not None:
+        config = replace(config, address=address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: name model and data, and search again")
     recipe = recipe_of(config, settings)
+    train = trainer(config)
     with Run.open(run) as opened:
         bench = prepare(config, watch)
         refuse_changes(opened, bench)
         with storage_errors(run):
-            found = finetune_run(bench, opened, result, recipe, watch)
+            found = finetune_run(bench, opened, result, recipe, watch, train)
     if found.replaced:
         write_report(found.result, run)
     return found

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from datetime import datetime
 from os import PathLike
@@ -19,7 +19,7 @@ from autocomp.report import write_front_report, write_report
 from autocomp.results import TrialResult
 from autocomp.storage import storage_errors
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
-from autocomp.study.executors import check_executor
+from autocomp.study.executors import hire
 from autocomp.study.finetune import finetune_run, recipe_of
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
@@ -29,6 +29,7 @@ from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.study import journaled_trials
 from autocomp.study.workbench import Workbench, package_versions, prepare
+from autocomp.train import Trainer
 
 __all__ = ["load_result", "resume", "retarget", "run_front", "run_search", "search"]
 
@@ -90,15 +91,16 @@ def run_search(
     watch = observer or silent
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     refuse_taken(folder)
-    bench = _prepared(config, watch, model, splits)
-    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
-        try:
-            return _conduct(bench, prologue, run, watch)
-        except Interrupted:
-            if not of_live_objects(config):
-                raise
-            how = "autocomp.search on a new folder, as live objects cannot be read again; {run} keeps its trials"
-            raise Interrupted(folder, how) from None
+    with closing(hire(config)) as crew:
+        bench = prepare(config, watch, model, splits)
+        with begin(bench, crew) as prologue, Run.create(folder, manifest_of(bench)) as run:
+            try:
+                return _conduct(bench, prologue, run, watch)
+            except Interrupted:
+                if not of_live_objects(config):
+                    raise
+                how = "autocomp.search on a new folder, as live objects cannot be read again; {run} keeps its trials"
+                raise Interrupted(folder, how) from None
 
 
 def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
@@ -114,10 +116,12 @@ def run_front(config: SearchConfig, observer: Observer | None = None) -> Front:
     folder = Path(config.out) if config.out is not None else default_folder(config, datetime.now())
     configs = front_configs(config, folder)
     refuse_other_settings(configs)
-    bench = _prepared(configs[0], watch)
     points: list[FrontPoint] = []
     earlier: list[TrialResult] = []
-    with begin(bench) as prologue:
+    with ExitStack() as stack:
+        crew = stack.enter_context(closing(hire(configs[0])))
+        bench = prepare(configs[0], watch)
+        prologue = stack.enter_context(begin(bench, crew))
         for before, own in zip((None, *configs), configs, strict=False):
             watch(Note(f"budget {' and '.join(own.budget)}"))
             try:
@@ -184,16 +188,16 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or silent
-    with Run.open(run) as opened:
+    with Run.open(run) as opened, ExitStack() as stack:
         try:
-            bench = _prepared(config, watch)
+            crew = stack.enter_context(closing(hire(config)))
+            bench = prepare(config, watch)
             refuse_changes(opened, bench)
-            prologue = begin(bench)
+            prologue = stack.enter_context(begin(bench, crew))
         except KeyboardInterrupt:
             raise Interrupted(run) from None
         opened.set_status("running")
-        with prologue:
-            return _conduct(bench, prologue, opened, watch)
+        return _conduct(bench, prologue, opened, watch)
 
 
 def load_result(run: Path) -> SearchResult:
@@ -243,11 +247,12 @@ def retarget(
     folder = out if out is not None else default_folder(config, datetime.now())
     config = replace(config, out=str(folder))
     refuse_taken(folder)
-    bench = _prepared(config, watch)
-    heritage = heritage_of(run, bench, watch)
-    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as opened:
-        heritage.write(folder)
-        return _conduct(bench, prologue, opened, watch)
+    with closing(hire(config)) as crew:
+        bench = prepare(config, watch)
+        heritage = heritage_of(run, bench, watch)
+        with begin(bench, crew) as prologue, Run.create(folder, manifest_of(bench)) as opened:
+            heritage.write(folder)
+            return _conduct(bench, prologue, opened, watch)
 
 
 def _conduct(
@@ -260,15 +265,15 @@ def _conduct(
         raise Interrupted(run.folder, "autocomp report {run}") from None
     if bench.config.finetune_epochs == 0 or result.best is None:
         return result
-    return _trained(bench, run, result, observer)
+    return _trained(bench, run, result, observer, prologue.crew.trainer())
 
 
-def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer) -> SearchResult:
+def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer, train: Trainer) -> SearchResult:
     """A finished search's result after the fine-tuning that its configuration asks for."""
     epochs = bench.config.finetune_epochs
     try:
         with storage_errors(run.folder):
-            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer)
+            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer, train)
         write_report(found.result, run.folder)
     except (CompressError, DataError) as error:
         observer(Note(f"not fine-tuned: {error}"))
@@ -276,11 +281,3 @@ def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observe
     except KeyboardInterrupt:
         raise Interrupted(run.folder, f"autocomp finetune {{run}} --epochs {epochs}") from None
     return found.result
-
-
-def _prepared(
-    config: SearchConfig, observer: Observer, model: LoadedModel | None = None, splits: Splits | None = None
-) -> Workbench:
-    """As `prepare`, once those who are to do the trials have answered."""
-    check_executor(config)
-    return prepare(config, observer, model, splits)

@@ -8,7 +8,7 @@ from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
 from autocomp.compress.ranges import calibration_notes
 from autocomp.compress.sensitivity import divergences
-from autocomp.compress.statistics import Statistics, collect
+from autocomp.compress.statistics import Statistics, collect, kept_outputs
 from autocomp.compress.surgery import run
 from autocomp.compress.surrogate import lost_outputs
 from autocomp.compress.tracing import Traced, trace
@@ -27,6 +27,7 @@ __all__ = [
     "equalize",
     "export_compressed",
     "export_onnx",
+    "kept_outputs",
     "logits_of",
     "lost_outputs",
     "quantize_learned",

@@ -20,7 +20,7 @@ from autocomp.errors import DataError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Recipe
 
-__all__ = ["BATCH", "Statistics", "Watcher", "check_images", "collect"]
+__all__ = ["BATCH", "Statistics", "Watcher", "check_images", "collect", "kept_outputs"]
 
 BATCH = 64
 OUTPUTS_BYTES = 256 * 10**6  # of values kept for later policies
@@ -76,8 +76,6 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     shaped = frozenset(node.name for node in graph.nodes if node.shape)
     ranges = Ranges(recipe, shaped, len(images))
     totals: dict[str, Tensor] = {}
-    kept = _worth_keeping(graph, min(BATCH, len(images)))
-    outputs: dict[str, Tensor] = {}
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
         ranges.watch(value_of(node), value)
@@ -85,8 +83,6 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
             totals[value_of(node)] = totals.get(value_of(node), torch.zeros(())) + channel_means(value) * (
                 len(value) / len(images)
             )
-        if value_of(node) in kept:
-            outputs.setdefault(value_of(node), value)
         if node.name in sums:
             sums[node.name].add(read(node.all_input_nodes[0]), generator)
 
@@ -97,7 +93,27 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
     evidence = Evidence(traced, tensors_of(traced.module), moments, images, recipe.ridge, recipe.seed)
     orders = order_channels(evidence, recipe.importance)
-    return Statistics(moments, orders, bounds, totals, logits, outputs)
+    return Statistics(moments, orders, bounds, totals, logits, kept_outputs(traced, images))
+
+
+def kept_outputs(traced: Traced, images: Tensor) -> dict[str, Tensor]:
+    """The ``outputs`` of `Statistics`; one short pass, so that they need not travel.
+
+    Args:
+        images: as of `collect`.
+    """
+    images = images[:BATCH]
+    kept = _worth_keeping(traced.graph, len(images))
+    outputs: dict[str, Tensor] = {}
+
+    def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
+        if value_of(node) in kept:
+            outputs[value_of(node)] = value
+
+    if kept:
+        with torch.no_grad():
+            Watcher(traced.module, watch).run(images)
+    return outputs
 
 
 def _worth_keeping(graph: LayerGraph, images: int) -> frozenset[str]:

@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from autocomp.outcome import Event, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
+from autocomp.outcome import EpochDone, Event, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.report.tables import (
     ContenderRow,
     contender_rows,
@@ -77,6 +77,8 @@ class LiveScreen:
                 self._advance()
             case TrialDone(result):
                 self._count(result)
+            case EpochDone(number, loss):
+                self._print(f"epoch {number}: loss {significant(loss, 3)}")
             case Note(text):
                 self._print(f"note: {text}")
         if self._live.is_started:
@@ -231,6 +233,8 @@ def _rank(result: TrialResult) -> float:
 
 def _counts(fleet: Fleet, a_minute: float) -> str:
     parts = [f"{fleet.in_flight} trials on {fleet.workers} workers", f"{significant(a_minute, 2)}/min"]
+    if fleet.measuring is not None:
+        parts.append(f"device timing {100 * fleet.measuring:.0f}% of the time")
     if fleet.lost:
         parts.append(f"{fleet.lost} workers lost, {fleet.retried} trials sent again")
     return ", ".join(parts)

@@ -190,7 +190,11 @@ def _trials(result: SearchResult) -> str:
         parts.append(f"Spent in the trials: {spent}.")
     failed = [trial for trial in result.front if trial.status == "failed"]
     if failed:
-        lines = [f"- trial {trial.number} ({trial.role}), {trial.stage}: {trial.error}" for trial in failed]
+        lines = [
+            f"- trial {trial.number} ({trial.role}), {trial.stage}: {trial.error}"
+            + (f" (`{trial.log}`)" if trial.log else "")
+            for trial in failed
+        ]
         rest = [f"- and {len(failed) - MAX_FAILURES} more in `journal.jsonl`"] if len(failed) > MAX_FAILURES else []
         parts.append("\n".join(["Failures:\n", *lines[:MAX_FAILURES], *rest]))
     return "\n\n".join(parts)

@@ -165,6 +165,7 @@ def to_table(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
             "cached_timing": result.cached_timing,
             "stage": result.stage,
             "error": result.error,
+            "log": result.log,
             "seconds": sum(result.seconds.values()),
             "overhead_s": sum(s for stage, s in result.seconds.items() if stage not in ("time", "score")),
             "policy": json.dumps(result.policy.to_json(), sort_keys=True),

@@ -21,7 +21,7 @@ from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
 from autocomp.study.verify import Verdict, reference_latency
 from autocomp.study.workbench import Workbench
-from autocomp.train import TrainingRecipe, finetune, learnable, learned
+from autocomp.train import Trainer, TrainingRecipe, Tuned, finetune, learnable, learned
 
 __all__ = ["Finetuned", "finetune_run", "recipe_of", "trained", "training_images"]
 
@@ -98,13 +98,21 @@ def training_images(bench: Workbench) -> Indexed:
 
 
 def finetune_run(
-    bench: Workbench, run: Run, result: SearchResult, recipe: TrainingRecipe, observer: Observer
+    bench: Workbench,
+    run: Run,
+    result: SearchResult,
+    recipe: TrainingRecipe,
+    observer: Observer,
+    train: Trainer = finetune,
 ) -> Finetuned:
     """Train the best policy's model, its integer layers as the engine computes them, and let the engine judge.
 
     The trained model replaces the run's where it is as accurate on the selection split or better, and, if the run's was
     verified, keeps every budget on fresh engines as well. Only then is the test split read. A training that was stopped
     goes on; what was replaced lies in ``untuned``.
+
+    Args:
+        train: may choose another learning rate than the recipe's.
 
     Raises:
         RunError: the run shipped nothing, or its files are not what it shipped.
@@ -118,7 +126,8 @@ def finetune_run(
     images = training_images(bench)
     old, reference = shipped_files(run.folder)
     checkpoint = run.folder / CHECKPOINT
-    compressed, losses = trained(bench, best.policy, images, recipe, observer, checkpoint)
+    compressed, tuned = trained(bench, best.policy, images, recipe, observer, checkpoint, train)
+    losses, recipe = tuned.losses, tuned.recipe
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
     before, after = (_accuracy(bench, file) for file in (old, new))
@@ -149,7 +158,8 @@ def finetune_run(
     write_model(bench, compressed, run.folder, recipe.to_json())
     run.write("result.json", json.dumps(result.to_json(), indent=2))
     run.set_status("verified" if result.verified else "unverified")
-    checkpoint.unlink(missing_ok=True)
+    for path in run.folder.glob(f"{checkpoint.stem}*{checkpoint.suffix}"):
+        path.unlink()
     return Finetuned(result, True, None, (before, after), change, losses, recipe)
 
 
@@ -160,8 +170,9 @@ def trained(
     recipe: TrainingRecipe,
     observer: Observer,
     checkpoint: Path,
-) -> tuple[Compressed, tuple[float, ...]]:
-    """A policy's model trained and quantized, and the mean training loss of each epoch.
+    train: Trainer = finetune,
+) -> tuple[Compressed, Tuned]:
+    """A policy's model trained and quantized, and what training gave.
 
     Args:
         checkpoint: file that a stopped training goes on from.
@@ -173,11 +184,11 @@ def trained(
     pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
     teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, policy)
     if recipe.quantization == "calibrated" or not start.weights:
-        tuned = finetune(pruned.module, teacher, images, recipe, observer, checkpoint)
-        return _calibrated(bench, pruned, tuned.tensors, policy), tuned.losses
-    tuned = finetune(learnable(start), teacher, images, recipe, observer, checkpoint)
+        tuned = train(pruned.module, teacher, images, recipe, observer, checkpoint)
+        return _calibrated(bench, pruned, tuned.tensors, policy), tuned
+    tuned = train(learnable(start), teacher, images, recipe, observer, checkpoint)
     tensors, weights, params = learned(start, tuned.tensors)
-    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned.losses
+    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned
 
 
 def _calibrated(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:

@@ -18,6 +18,8 @@ __all__ = ["FORMAT", "Manifest", "Run", "read_manifest", "refuse_taken"]
 
 FORMAT = 1
 _MANIFEST, _JOURNAL, _LOCK = "manifest.json", "journal.jsonl", ".lock"
+_MANY = ("trial", "wave")
+"""Kinds of lines of which there may be a hundred thousand: read when asked for, not held."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,7 @@ class Run:
     def __init__(self, folder: Path, manifest: Manifest, entries: list[dict[str, Any]], lock: IO[str]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._entries = entries
+        self._entries = [entry for entry in entries if entry["kind"] not in _MANY]
         self._lock = lock
         self._journal: IO[bytes] | None = None
         self._before_s = _elapsed_before(entries)
@@ -191,11 +193,13 @@ class Run:
                 os.ftruncate(self._journal.fileno(), start)
                 raise OSError(errno.ENOSPC, "short write", str(path))
             os.fsync(self._journal.fileno())
-        self._entries.append(entry)
+        if kind not in _MANY:
+            self._entries.append(entry)
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
         """All lines of a kind, oldest first."""
-        return [entry for entry in self._entries if entry["kind"] == kind]
+        entries = self.entries_of(self.folder) if kind in _MANY else self._entries
+        return [entry for entry in entries if entry["kind"] == kind]
 
     @property
     def seconds(self) -> float:

@@ -14,7 +14,7 @@ from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
 from autocomp.results import LatencyEstimate, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
-from autocomp.study.executors import Crew, Kit, hire
+from autocomp.study.executors import Crew, Kit
 from autocomp.study.explain import explained
 from autocomp.study.finalists import Finalist
 from autocomp.study.finetune import training_images
@@ -47,7 +47,7 @@ WARM_STARTS = 24
 
 @dataclass(frozen=True)
 class Prologue:
-    """The uncompressed engine, its outputs on the search split, and who works: all before a run folder is made."""
+    """The uncompressed engine, its outputs on the search split, and who is ready to work: before a folder is made."""
 
     reference: Engine
     scorer: Scorer
@@ -61,14 +61,14 @@ class Prologue:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.crew.close()
         self.reference.__exit__(None, None, None)
 
 
-def begin(bench: Workbench) -> Prologue:
-    """Build the reference engine and score it on the search split.
+def begin(bench: Workbench, crew: Crew) -> Prologue:
+    """Build the reference engine, score it on the search split, and give the crew what it needs.
 
     Raises:
+        ConfigError: a worker cannot start.
         ModelError: the model guesses: its accuracy is at chance level; or the engine fails on the uncompressed model.
     """
     try:
@@ -86,7 +86,8 @@ def begin(bench: Workbench) -> Prologue:
     scorer = Scorer(bench.splits.search, found, bench.splits.labelled, load_metric(bench.config.metric))
     backend = None if bench.backend.measures else bench.backend
     kit = Kit(bench.emitter, bench.spec, backend, bench.reference, scorer, TimingProtocol())
-    return Prologue(reference, scorer, hire(bench.config, kit, bench.backend.device.to_json()))
+    crew.equip(kit, bench.backend.device.to_json())
+    return Prologue(reference, scorer, crew)
 
 
 def search(
@@ -126,6 +127,7 @@ def search(
         limits=limits,
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
+        folder=run.folder,
         observer=observer,
         scores=heritage.scores if heritage is not None else scores_of(earlier),
     )

@@ -1,7 +1,9 @@
 """One policy -> one `TrialResult`: emit, time, and where the budget holds compress, build and score."""
 
+import json
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Literal, Self
 
@@ -13,11 +15,15 @@ from autocomp.hardware import LatencyEntry, LatencyKey, LatencyTable
 from autocomp.outcome import Observer, Stage
 from autocomp.policy import Policy
 from autocomp.results import Score, TrialResult
-from autocomp.study.worker import FAULTS, Answer, ScoreTask, Stopwatch, Task, Timed, TimeTask, Worker, line_of
+from autocomp.storage import storage_errors, write_atomic
+from autocomp.study.tasks import Answer, ScoreTask, Task, Timed, TimeTask
+from autocomp.study.worker import FAULTS, Stopwatch, Worker, line_of, log_of
 
 __all__ = ["Goal", "Limits", "Steps", "Trials", "follow"]
 
 Goal = Literal["accuracy", "speed"]
+LOGS = "failures"
+"""Folder of a run for logs of failed trials."""
 ACCURACY_LOSS = 0.01
 """Points of accuracy the fastest policy may lose when the uncompressed engine meets the budget already."""
 
@@ -95,6 +101,7 @@ class Trials(Worker):
         reference_structure: digest of the uncompressed engine's structure.
         limits: budgets and reference values.
         cache: latencies measured before.
+        folder: of the run, where logs of failed trials are kept.
         observer: told of each stage.
         scores: digest of a policy -> its score, where an earlier run found it under equal keys.
     """
@@ -103,6 +110,7 @@ class Trials(Worker):
     reference_structure: str
     limits: Limits
     cache: LatencyTable
+    folder: Path
     observer: Observer
     scores: Mapping[str, Score] = field(default_factory=dict)
 
@@ -118,15 +126,16 @@ class Trials(Worker):
             return (yield from self._steps(number, role, policy, watch))
         except FAULTS as error:
             return TrialResult(
-                number, role, policy, "failed", stage=watch.stage, error=line_of(error), seconds=watch.seconds
-            )
+                number, role, policy, "failed", stage=watch.stage, error=line_of(error), seconds=watch.seconds,
+                log=self._log(number, policy, error),
+            )  # fmt: skip
 
     def ratio(self, policy: Policy) -> float:
         """Measured latency over the reference's, from the cache where this structure was timed before."""
         onnx = self.emitter.skeleton(policy)
         key = self._key(onnx)
         known = self.cache.get(key)
-        return known.ratio if known is not None else self._keep(key, self.time(self._timing(onnx)))
+        return known.ratio if known is not None else self._keep(key, self.time(self._timing(onnx, key)))
 
     def current(self) -> Limits:
         """The limits with the uncompressed engine's latency as the run has seen it so far.
@@ -145,7 +154,7 @@ class Trials(Worker):
             key = self._key(skeleton)
             known = self.cache.get(key)
         if known is None:
-            timed = _done(watch, (yield self._timing(skeleton))).timed
+            timed = _done(watch, (yield self._timing(skeleton, key))).timed
             assert timed is not None
             ratio = self._keep(key, timed)
         else:
@@ -171,14 +180,22 @@ class Trials(Worker):
             cached_timing=known is not None, seconds=watch.seconds,
         )  # fmt: skip
 
+    def _log(self, number: int, policy: Policy, error: BaseException) -> str:
+        """Keep what is known of a failure; the file's name in the run folder."""
+        name = f"{LOGS}/{number}-{policy.digest[:8]}.txt"
+        with storage_errors(self.folder / name):
+            (self.folder / LOGS).mkdir(exist_ok=True)
+        write_atomic(self.folder / name, f"{json.dumps(policy.to_json())}\n\n{log_of(error)}")
+        return name
+
     def _announce(self, number: int, role: str) -> Callable[[str], None]:
         return lambda stage: self.observer(Stage(number, role, stage))
 
     def _key(self, onnx: bytes) -> LatencyKey:
         return LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)
 
-    def _timing(self, onnx: bytes) -> TimeTask:
-        return TimeTask(onnx, self.current().latency_ms["p50"])
+    def _timing(self, onnx: bytes, key: LatencyKey) -> TimeTask:
+        return TimeTask(onnx, key.structure, self.current().latency_ms["p50"])
 
     def _keep(self, key: LatencyKey, timed: Timed) -> float:
         self.cache.put(LatencyEntry(key, timed.ratio, timed.reference_ms))
@@ -189,5 +206,7 @@ def _done(watch: Stopwatch, answer: Answer) -> Answer:
     """Take an answer over into the trial. Raises: EngineError if the task failed."""
     watch.add(answer)
     if answer.error is not None:
-        raise EngineError(answer.error)
+        error = EngineError(answer.error)
+        error.add_note(answer.log)
+        raise error
     return answer

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from autocomp.compress import (
     equalize,
     export_compressed,
     export_onnx,
+    kept_outputs,
     logits_of,
     structure,
     to_tensor,
@@ -71,6 +73,14 @@ class _Compressor:
     numerics: Numerics
     images: Images
     finished: dict[Policy, Compressed] = field(default_factory=dict, kw_only=True, repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """To travel without what is computed sooner than sent."""
+        return {**self.__dict__, "statistics": replace(self.statistics, outputs={}), "finished": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        outputs = kept_outputs(state["traced"], to_tensor(state["images"]))
+        self.__dict__.update(state, statistics=replace(state["statistics"], outputs=outputs))
 
     def compress(self, policy: Policy) -> Compressed:
         return compress(self.traced, self.statistics, policy, self.recipe, self.numerics, to_tensor(self.images))

@@ -1,10 +1,13 @@
-"""The two costly parts of a trial, timing a policy's engine and scoring it, as tasks that any process can be given."""
+"""Who does the two costly parts of a trial: timing a policy's engine, and scoring it."""
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+import platform
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from traceback import format_exception
 from typing import Protocol
 
 from autocomp.capabilities import DeviceInfo
@@ -16,8 +19,9 @@ from autocomp.protocols import Backend, Engine
 from autocomp.results import Score, TimingProtocol
 from autocomp.study.score import Scorer
 from autocomp.study.steady import Patience
+from autocomp.study.tasks import Answer, ScoreTask, Task, Timed, TimeTask
 
-__all__ = ["FAULTS", "Answer", "Emitter", "ScoreTask", "Stopwatch", "Task", "TimeTask", "Timed", "Worker", "line_of"]
+__all__ = ["FAULTS", "Emitter", "Stopwatch", "Worker", "line_of", "log_of"]
 
 AGAIN_S = (0.0, 0.5)
 """Pauses before a trial's timing is repeated on a slowed device, which slows int8 more than the float reference."""
@@ -43,50 +47,6 @@ class Emitter(Protocol):
     def emit(self, compressed: Compressed) -> bytes:
         """The file to score and to ship."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class TimeTask:
-    """Time the engine of a file beside the uncompressed one, which usually takes ``usual_ms``."""
-
-    onnx: bytes
-    usual_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreTask:
-    """Compress by a policy and score the engine."""
-
-    policy: Policy
-
-
-Task = TimeTask | ScoreTask
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """A latency over the uncompressed engine's, and that engine's own in ms."""
-
-    ratio: float
-    reference_ms: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What became of a task.
-
-    Attributes:
-        timed, score: of a `TimeTask` and of a `ScoreTask`; None where it failed.
-        seconds: stage -> wall time.
-        stage: the last one.
-        error: one line; None where all went well.
-    """
-
-    timed: Timed | None = None
-    score: Score | None = None
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    stage: str = ""
-    error: str | None = None
 
 
 @dataclass(slots=True)
@@ -147,7 +107,7 @@ class Worker:
                 case ScoreTask():
                     score = self._score(task.policy, watch)
         except FAULTS as error:
-            return Answer(None, None, watch.seconds, watch.stage, line_of(error))
+            return Answer(None, None, watch.seconds, watch.stage, line_of(error), log_of(error))
         return Answer(timed, score, watch.seconds, watch.stage)
 
     def time(self, task: TimeTask) -> Timed:
@@ -172,3 +132,8 @@ class Worker:
 def line_of(error: BaseException) -> str:
     """An error as one line of at most 500 characters."""
     return (" ".join(str(error).split()) or type(error).__name__)[:500]
+
+
+def log_of(error: BaseException) -> str:
+    """The machine and process, and how it came to an error, as lines."""
+    return f"on {platform.node()}, process {os.getpid()}\n{''.join(format_exception(error))}"

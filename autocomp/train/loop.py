@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,13 +16,13 @@ from torch.nn import functional as F
 from autocomp.data import Indexed
 from autocomp.data.splits import hash_arrays, permutation
 from autocomp.errors import CompressError, DataError, ModelError
-from autocomp.outcome import Observer, Phase, Step
+from autocomp.outcome import EpochDone, Observer, Phase, Step
 from autocomp.policy import digest_of
 from autocomp.train.augment import augmented
 from autocomp.train.checkpoint import State, load, save
 from autocomp.train.recipe import TrainingRecipe
 
-__all__ = ["Tuned", "finetune"]
+__all__ = ["Trainer", "Tuned", "finetune"]
 
 KEEP_EVERY = 500
 """Steps between checkpoints, beside those after each epoch."""
@@ -38,10 +39,26 @@ class Tuned:
     Attributes:
         tensors: parameter -> its average over the last steps.
         losses: mean training loss of each epoch.
+        recipe: by which it was trained.
     """
 
     tensors: Mapping[str, NDArray[np.float32]]
     losses: tuple[float, ...]
+    recipe: TrainingRecipe
+
+
+class Trainer(Protocol):
+    """What `finetune` does, wherever it is done."""
+
+    def __call__(
+        self,
+        module: nn.Module,
+        teacher: nn.Module | None,
+        images: Indexed,
+        recipe: TrainingRecipe,
+        observer: Observer,
+        checkpoint: Path | None = None,
+    ) -> Tuned: ...
 
 
 def finetune(
@@ -114,7 +131,9 @@ def finetune(
         if checkpoint is not None and (ended or (step + 1) % KEEP_EVERY == 0):
             now = {name: weight.detach() for name, weight in weights.items()}
             save(State(key, step + 1, now, average, optimizer.state_dict(), (tuple(losses), sum_, count)), checkpoint)
-    return Tuned({name: tensor.numpy() for name, tensor in average.items()}, tuple(losses))
+        if ended:
+            observer(EpochDone(len(losses), losses[-1]))
+    return Tuned({name: tensor.numpy() for name, tensor in average.items()}, tuple(losses), recipe)
 
 
 def _trainable(module: nn.Module) -> nn.Module:

@@ -1,76 +1,56 @@
 """What every executor must do, and what a cluster must survive."""
 
-import importlib
-import os
+import json
 import platform
+import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from autocomp.api import load_result
 from autocomp.budget import parse_budgets
-from autocomp.compress import Compressed
 from autocomp.config import SearchConfig
+from autocomp.data.arrays import ArraySplit
+from autocomp.data.preprocess import Preprocess
 from autocomp.engines import initializer_bytes, structure_digest
-from autocomp.errors import CompressError, ConfigError, DataError
+from autocomp.errors import ConfigError
 from autocomp.hardware import LatencyTable
-from autocomp.outcome import Event, Fleet, SearchResult
+from autocomp.outcome import EpochDone, Event, Fleet, SearchResult, Step
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
 from autocomp.results import TimingProtocol, TrialResult
-from autocomp.study import executors
+from autocomp.study import executors, workbench
 from autocomp.study.conduct import conduct, manifest_of
-from autocomp.study.executors import Crew, Kit, LocalCrew
+from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
-from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.executors.kit import receive, send
+from autocomp.study.executors.ray.tuning import RATES
 from autocomp.study.run import Run
-from autocomp.study.search import begin
+from autocomp.study.search import Prologue, begin
+from autocomp.study.tasks import Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
-from autocomp.study.worker import Emitter, Task, TimeTask
+from autocomp.train import TrainingRecipe, finetune
+from tests.conformance import frail_parts
+from tests.conformance.frail_parts import Refusing, start
 
 CONFIG = SearchConfig(
-    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=2, calibration_images=16, search_images=32,
-    selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
+    model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16,
+    search_images=32, selection_images=32, trials=6, baseline_trials=1, finalists=1, budget=("0.7x",), wave=3,
 )  # fmt: skip
-TARGET, OTHER = "board", "other"
-NODE = {"num_cpus": 4, "resources": {TARGET: 1, OTHER: 1}}
-
-
-@dataclass(frozen=True)
-class Deadly:
-    """An emitter that fails on one policy, kills its process on another, and once only on a third."""
-
-    inner: Emitter
-    refused: str
-    killing: str
-    killing_once: str
-    killed: Path
-
-    def skeleton(self, policy: Policy) -> bytes:
-        return self.inner.skeleton(policy)
-
-    def compress(self, policy: Policy) -> Compressed:
-        if policy.digest == self.refused:
-            raise CompressError("layer1 is not\nfinite")
-        if policy.digest == self.killing:
-            os._exit(1)
-        if policy.digest == self.killing_once and not self.killed.exists():
-            self.killed.touch()
-            os._exit(1)
-        return self.inner.compress(policy)
-
-    def finish(self, policy: Policy) -> Compressed:
-        return self.inner.finish(policy)
-
-    def emit(self, compressed: Compressed) -> bytes:
-        return self.inner.emit(compressed)
+TARGET = "board"
 
 
 def ignore(event: Event) -> None:
@@ -78,44 +58,30 @@ def ignore(event: Event) -> None:
 
 
 @pytest.fixture(scope="module")
-def bench() -> Workbench:
-    return prepare(CONFIG, ignore)
-
-
-@pytest.fixture(scope="module")
-def policies(bench: Workbench) -> list[Policy]:
+def policies() -> list[Policy]:
     """Of distinct structures, all of which can meet the budget."""
-    group = bench.traced.graph.groups[0]
-    return [Policy({group.name: kept}) for kept in range(1, group.channels)]
+    return [Policy({"layer1.0.conv1": kept}) for kept in range(1, 16)]
 
 
 @pytest.fixture(scope="module")
-def kit(bench: Workbench, policies: list[Policy], tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    with begin(bench) as prologue:
-        scorer = prologue.scorer
-    doomed = [policy.digest for policy in policies[:3]]
-    emitter = Deadly(bench.emitter, *doomed, tmp_path_factory.mktemp("killed") / "once")
-    return Kit(emitter, bench.spec, bench.backend, bench.reference, scorer, TimingProtocol(blocks=2, block_ms=1.0))
+def bench(policies: list[Policy]) -> Workbench:
+    made = prepare(CONFIG, ignore)
+    return replace(made, emitter=Refusing(made.emitter, policies[0].digest))
 
 
-@pytest.fixture
-def trials(bench: Workbench, kit: Kit, tmp_path: Path) -> Trials:
-    limits = Limits(
-        parse_budgets(["1x"]), {"p50": 1.0}, bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
-    )
-    reference = bench.backend.build(bench.reference)
-    return Trials(
-        kit.emitter, bench.backend, reference, kit.scorer, kit.protocol, bench.traced.graph,
-        structure_digest(bench.reference), limits, LatencyTable(tmp_path / "latencies.jsonl"), ignore,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def near(bench: Workbench) -> Iterator[Prologue]:
+    """A search of this process."""
+    with begin(bench, executors.LocalCrew()) as prologue:
+        yield prologue
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A head with room for one worker, and a node that has the targets."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    made.add_node(**NODE)
+    """A head with the target."""
+    ray.cloudpickle.register_pickle_by_value(frail_parts)
+    head = {"num_cpus": 2, "include_dashboard": True, "resources": {TARGET: 1}}
+    made = Cluster(initialize_head=True, head_node_args=head)
     ray.init(made.address, logging_level="ERROR", log_to_driver=False)
     yield made
     ray.shutdown()
@@ -123,16 +89,48 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
-def on_ray(cluster: Cluster, kit: Kit, bench: Workbench) -> Iterator[rays.RayCrew]:
+def far(cluster: Cluster, bench: Workbench) -> Iterator[Prologue]:
+    """A search on the cluster: two workers, and an actor that times."""
     config = replace(CONFIG, executor="ray", workers=2, target_resource=TARGET)
-    crew = rays.RayCrew(config, kit, bench.backend.device.to_json())
-    yield crew
-    crew.close()
+    with closing(executors.hire(config)) as crew, begin(bench, crew) as prologue:
+        yield prologue
 
 
 @pytest.fixture(params=["local", "ray"])
 def crew(request: pytest.FixtureRequest) -> Crew:
-    return LocalCrew() if request.param == "local" else request.getfixturevalue("on_ray")
+    prologue: Prologue = request.getfixturevalue("near" if request.param == "local" else "far")
+    return prologue.crew
+
+
+@pytest.fixture
+def trials(bench: Workbench, near: Prologue, tmp_path: Path) -> Trials:
+    limits = Limits(
+        parse_budgets(["1x"]), {"p50": 1.0}, bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
+    )
+    return Trials(
+        bench.emitter, bench.backend, near.reference, near.scorer, TimingProtocol(blocks=2, block_ms=1.0),
+        bench.traced.graph, structure_digest(bench.reference), limits, LatencyTable(tmp_path / "latencies.jsonl"),
+        tmp_path, ignore,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Is there once the policy that kills once has."""
+    return tmp_path_factory.mktemp("killed") / "once"
+
+
+@pytest.fixture(scope="module")
+def frail(cluster: Cluster, policies: list[Policy], killed: Path) -> Iterator[rays.Pool]:
+    """Two workers that may die, on a node of their own while there is one."""
+    node = cluster.add_node(num_cpus=0)
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    kit = ray.put((policies[1].digest, policies[2].digest, str(killed)))
+    pool = rays.Pool(partial(start, scheduling_strategy=place), 2, "frail")
+    pool.equip(kit)
+    pool.gather()
+    yield pool
+    pool.close()
 
 
 def wave(policies: list[Policy], first: int = 0) -> list[tuple[int, str, Policy]]:
@@ -163,10 +161,26 @@ def test_every_trial_has_the_result_that_this_process_finds(
     executor.close()
 
 
-def test_a_policys_failure_is_its_result(crew: Crew, trials: Trials, policies: list[Policy]) -> None:
+def test_a_policys_failure_is_its_result_with_a_log(
+    crew: Crew, trials: Trials, policies: list[Policy], tmp_path: Path
+) -> None:
     failed, fine = found(crew.executor(trials), wave([policies[0], policies[3]]))
     assert (failed.status, failed.stage, failed.error) == ("failed", "compress", "layer1 is not finite")
-    assert fine.status == "ok"
+    assert fine.status == "ok" and fine.log is None
+    assert failed.log is not None
+    told, *lines = (tmp_path / failed.log).read_text().splitlines()
+    assert Policy.from_json(json.loads(told)) == policies[0]
+    (raised,) = (place for place, line in enumerate(lines) if "raise CompressError" in line)
+    assert "in compress" in lines[raised - 1]
+
+
+def test_two_trials_of_one_structure_are_timed_once(
+    crew: Crew, trials: Trials, policies: list[Policy], tmp_path: Path
+) -> None:
+    results = found(crew.executor(trials), wave([policies[3], policies[3], policies[4]]))
+    assert [result.policy for result in results] == [policies[3], policies[3], policies[4]]
+    assert results[0].latency_ms == results[1].latency_ms != results[2].latency_ms
+    assert len((tmp_path / "latencies.jsonl").read_text().splitlines()) == 2
 
 
 def test_another_wave_may_follow_one_that_was_left(crew: Crew, trials: Trials, policies: list[Policy]) -> None:
@@ -179,7 +193,7 @@ def test_another_wave_may_follow_one_that_was_left(crew: Crew, trials: Trials, p
 
 
 def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
-    on_ray: rays.RayCrew, kit: Kit, trials: Trials, policies: list[Policy]
+    frail: rays.Pool, killed: Path, trials: Trials, policies: list[Policy]
 ) -> None:
     seen: list[Fleet] = []
 
@@ -188,20 +202,54 @@ def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
             seen.append(event)
 
     _, killing, once, *rest = policies
-    killed, spared, *others = found(on_ray.executor(replace(trials, observer=watch)), wave([killing, once, *rest[:4]]))
-    assert (killed.status, killed.stage) == ("failed", "score")
-    assert killed.error is not None and killed.error.startswith(f"it lost {rays.ATTEMPTS} workers")
-    assert "\n" not in killed.error
-    assert spared.status == "ok" and kit.emitter.killed.exists()  # type: ignore[attr-defined]
+    executor = rays.RayExecutor(replace(trials, observer=watch), frail, None)
+    lost, spared, *others = found(executor, wave([killing, once, *rest[:4]]))
+    assert (lost.status, lost.stage) == ("failed", "score")
+    assert lost.error is not None and lost.error.startswith(f"it lost {rays.ATTEMPTS} workers")
+    assert "\n" not in lost.error
+    assert lost.log is not None
+    assert (trials.folder / lost.log).read_text().count(f"on {platform.node()}: ") == rays.ATTEMPTS
+    assert spared.status == "ok" and killed.exists()
     assert [other.policy for other in others] == rest[:4] and all(other.status == "ok" for other in others)
     assert (seen[-1].lost, seen[-1].retried, seen[-1].in_flight) == (rays.ATTEMPTS + 1, rays.ATTEMPTS, 0)
+    assert seen[-1].measuring is None
+
+
+def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: Trials, policies: list[Policy]) -> None:
+    results = rays.RayExecutor(trials, frail, None).run(wave(policies[3:12]))
+    numbers = [next(results).number]
+    (node,) = cluster.worker_nodes
+    cluster.remove_node(node, allow_graceful=False)
+    finished = list(results)
+    assert sorted(numbers + [result.number for result in finished]) == list(range(9))
+    assert all(result.status == "ok" for result in finished)
+
+
+def test_a_closed_pool_leaves_no_actor_and_opens_again(frail: rays.Pool) -> None:
+    def left() -> list[str]:
+        return [name for name in ray.util.list_named_actors() if "frail" in name]
+
+    assert left()
+    frail.close()
+    deadline = time.monotonic() + 20
+    while left() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left()
+    frail.equip(ray.put(("", "", "")))
+    frail.gather()
+    assert len(frail.members) == 2
 
 
 def test_nobody_scores_on_this_machine_while_it_is_measured(
-    on_ray: rays.RayCrew, trials: Trials, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
+    far: Prologue, trials: Trials, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(trials.backend), "measures", True)
-    workers, busy = on_ray.pools[0], []
+    assert isinstance(far.crew, rays.RayCrew)
+    workers, busy, shares = far.crew.workers, list[list[bool]](), list[float | None]()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Fleet):
+            shares.append(event.measuring)
 
     def do(own: Trials, task: Task, announce: Any) -> Any:
         assert isinstance(task, TimeTask)
@@ -210,35 +258,32 @@ def test_nobody_scores_on_this_machine_while_it_is_measured(
 
     inner = Trials.do
     monkeypatch.setattr(Trials, "do", do)
-    results = found(rays.RayExecutor(trials, workers, None), wave(policies[3:9]))
+    results = found(rays.RayExecutor(replace(trials, observer=watch), workers, None), wave(policies[3:9]))
     assert [result.status for result in results] == ["ok"] * 6
     assert {member.host for member in workers.members} == {platform.node()}
     assert len(busy) == 6 and not any(map(any, busy))
+    assert shares and all(share is not None and 0 < share < 1 for share in shares)
 
 
-def searched(bench: Workbench, folder: Path) -> SearchResult:
-    with begin(bench) as prologue, Run.create(folder, manifest_of(bench)) as run:
+def searched(bench: Workbench, prologue: Prologue, folder: Path) -> SearchResult:
+    with Run.create(folder, manifest_of(bench)) as run:
         return conduct(bench, prologue, run, ignore)
 
 
-def test_a_search_ends_with_the_result_of_the_local_one(cluster: Cluster, bench: Workbench, tmp_path: Path) -> None:
-    before = sorted(ray.util.list_named_actors())
-    local = searched(bench, tmp_path / "local")
-    far = searched(replace(bench, config=replace(CONFIG, executor="ray", workers=2)), tmp_path / "far")
-    assert far.contenders == local.contenders and far.trials == local.trials
-    assert plain(far.front) == plain(local.front)
-    deadline = time.monotonic() + 20
-    while sorted(ray.util.list_named_actors()) != before and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert sorted(ray.util.list_named_actors()) == before
+def test_a_search_ends_with_the_result_of_the_local_one(
+    near: Prologue, far: Prologue, bench: Workbench, tmp_path: Path
+) -> None:
+    local, remote = (searched(bench, prologue, tmp_path / name) for name, prologue in (("near", near), ("far", far)))
+    assert remote.contenders == local.contenders and remote.trials == local.trials
+    assert plain(remote.front) == plain(local.front)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"workers": 99}, r"99 workers take 99 CPUs and the cluster has 5"),
+        ({"workers": 99}, r"99 workers take 99 CPUs and the cluster has 2"),
         ({"workers": 1, "gpus_per_worker": 0.5}, r"0.5 GPUs and the cluster has 0"),
-        ({"workers": 1, "target_resource": "jetson"}, r"no node .*'jetson'; it has CPU 5, board 1, other 1: start"),
+        ({"workers": 1, "target_resource": "jetson"}, r"no node .*'jetson'; it has CPU 2, board 1: start"),
     ],
 )
 def test_a_cluster_that_does_not_suffice_is_refused(cluster: Cluster, changes: dict[str, Any], words: str) -> None:
@@ -246,80 +291,84 @@ def test_a_cluster_that_does_not_suffice_is_refused(cluster: Cluster, changes: d
         rays.check(replace(CONFIG, executor="ray", **changes))
 
 
-def test_a_target_that_is_another_device_is_refused(cluster: Cluster, kit: Kit) -> None:
-    config = replace(CONFIG, executor="ray", workers=1, target_resource=OTHER)
+def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Workbench) -> None:
+    pool = rays.Pool(start, 1, "meter")
+    pool.equip(ray.put(("", "", "")), bench.backend.device.to_json())
     with pytest.raises(ConfigError, match="start the search on a node that has the target"):
-        rays.RayCrew(config, kit, {"name": "another"})
+        pool.gather()
+    pool.close()
 
 
-def test_a_lost_node_loses_no_trial(
-    cluster: Cluster, on_ray: rays.RayCrew, trials: Trials, policies: list[Policy]
+def test_what_is_computed_sooner_than_sent_does_not_travel(
+    bench: Workbench, near: Prologue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    results = on_ray.executor(trials).run(wave(policies[3:12]))
-    numbers = [next(results).number]
-    (node,) = cluster.worker_nodes
-    cluster.remove_node(node, allow_graceful=False)
-    cluster.add_node(**NODE)
-    finished = list(results)
-    assert sorted(numbers + [result.number for result in finished]) == list(range(9))
-    assert all(result.status == "ok" for result in finished)
+    kit = Kit(bench.emitter, bench.spec, bench.backend, bench.reference, near.scorer, TimingProtocol())
+    parcel = send(kit, ray.cloudpickle.dumps)
+
+    def outputs(of: Kit) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = of.emitter.inner.statistics.outputs  # type: ignore[attr-defined]
+        return found
+
+    there = outputs(receive(parcel))
+    assert there and there.keys() == outputs(kit).keys()
+    assert all(np.array_equal(there[name], value) for name, value in outputs(kit).items())
+    monkeypatch.setattr(workbench, "kept_outputs", lambda traced, images: {})
+    assert not outputs(receive(parcel))
 
 
-def test_without_ray_the_answer_is_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("autocomp.study.executors.ray")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(executors, "ray")
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r"pip install 'autocomp\[ray\]'"):
-        executors.check_executor(replace(CONFIG, executor="ray"))
-
-
-def test_nobody_at_the_address_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    with pytest.raises(ConfigError, match=r"no Ray cluster answers at ray://127.0.0.1:9 .*ray start --head"):
-        rays.check(replace(CONFIG, executor="ray", address="ray://127.0.0.1:9"))
-
-
-def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ray._private.utils import check_version_info
-
-    def init(*arguments: Any, **options: Any) -> None:
-        check_version_info({"ray_version": "1.0.0", "python_version": "3.6.1"}, "here")
-
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(ConfigError, match=r"Version mismatch.*Ray: 1.0.0 Python: 3.6.1") as caught:
-        rays.check(replace(CONFIG, executor="ray", address="auto"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "only_here.py").write_text("def metric(a, b, c):\n    return 0.0\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    metric = importlib.import_module("only_here").metric
-    parcel = send(replace(kit, scorer=replace(kit.scorer, metric=metric)), ray.cloudpickle.dumps)
-    monkeypatch.delitem(sys.modules, "only_here")
-    (tmp_path / "only_here.py").unlink()
-    importlib.invalidate_caches()
-    with pytest.raises(ConfigError, match="package only_here is missing"):
-        receive(parcel)
-
-
-def test_images_that_only_the_driver_can_read_are_named(kit: Kit) -> None:
-    class Elsewhere:
-        def batches(self, size: int) -> Any:
-            raise DataError("cannot read /here/1.png")
-
-    with pytest.raises(DataError, match=r"/here/1.png.*storage that every node reaches"):
-        open_kit(replace(kit, scorer=replace(kit.scorer, split=Elsewhere())))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("out", [None, "here", "./deep/er"])
-def test_a_run_folder_in_a_jobs_copy_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
+    far: Prologue, bench: Workbench, tmp_path: Path
 ) -> None:
-    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
-    copy.mkdir(parents=True)
-    monkeypatch.chdir(copy)
-    with pytest.raises(ConfigError, match="outlives"):
-        rays.check(replace(CONFIG, executor="ray", out=out))
+    draw = np.random.default_rng(0)
+    pixels, labels = draw.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8), np.arange(48) % 10
+    images = ArraySplit(pixels, labels, np.arange(48), Preprocess((0.5,) * 3, (0.5,) * 3), "noise")
+    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0)
+    module = bench.traced.module
+    recipes = [replace(recipe, lr=rate * recipe.lr) for rate in RATES]
+
+    def stop(event: Event) -> None:
+        if isinstance(event, EpochDone):
+            raise KeyboardInterrupt
+
+    for folder in (tmp_path / "near", tmp_path / "far"):
+        folder.mkdir()
+        for own in recipes[1:]:  # the first one had not begun
+            with pytest.raises(KeyboardInterrupt):
+                finetune(module, module, images, own, stop, folder / f"finetune.{own.lr:g}.pt")
+    marked = tmp_path / "far" / f"finetune.{recipes[-1].lr:g}.pt"
+    state = torch.load(marked, weights_only=True)
+    torch.save({**state, "losses": ((9.0,), 0.0, 0)}, marked)
+    local = [
+        finetune(module, module, images, own, ignore, tmp_path / "near" / f"finetune.{own.lr:g}.pt") for own in recipes
+    ]
+    assert all(other.losses > local[-1].losses for other in local[:-1])  # so that it cannot be stopped early
+    events: list[Event] = []
+    found = far.crew.trainer()(module, module, images, recipe, events.append, tmp_path / "far" / "finetune.pt")
+    assert found.recipe == recipes[-1]
+    assert found.losses == (9.0, local[-1].losses[1])
+    assert all(np.array_equal(found.tensors[name], value) for name, value in local[-1].tensors.items())
+    assert not any(isinstance(event, Step) for event in events)
+    assert {path.suffix for path in (tmp_path / "far").iterdir()} == {".pt"}
+
+
+@pytest.mark.slow
+def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    """Last in this file: the cluster's processors are free then."""
+    sent, kept = tmp_path / "sent", tmp_path / "kept"
+    sent.mkdir()
+    (sent / "own.py").write_text("def metric(found, wanted, labels):\n    return 0.25\n")
+    small = {**CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray"}
+    flags = [
+        f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, list) else value}"
+        for name, value in small.items()
+        if value != getattr(SearchConfig(), name)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address=http://{cluster.head_node.webui_url}",
+         f"--working-dir={sent}", "--", sys.executable, "-m", "autocomp", "search", *flags, f"--out={kept}"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    said = done.stdout + done.stderr
+    assert "exit code 3" in said, said  # a simulated engine verifies nothing
+    (trial,) = load_result(kept).front
+    assert trial.score is not None and trial.score.divergence == 0.25

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import ray
+from ray._private.services import canonicalize_bootstrap_address
 
 from autocomp.config import SearchConfig
 from autocomp.errors import ConfigError
@@ -57,11 +58,12 @@ def workers_of(config: SearchConfig) -> int:
 
 def _connect(address: str | None) -> None:
     """Raises: ConfigError if nobody answers, or somebody of another version does."""
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     where = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
-        if host and port.isdigit():
-            socket.create_connection((host, int(port)), ANSWER_S).close()
+        where = where if where.startswith("ray://") else canonicalize_bootstrap_address(address) or where
+        host, _, port = where.removeprefix("ray://").rpartition(":")
+        if host and port.isdigit():  # Ray itself waits for minutes
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         ray.init(address, include_dashboard=None if where != "local" else False, logging_level=logging.ERROR,
                  log_to_driver=False)  # fmt: skip
     except (OSError, ValueError) as error:

@@ -3,8 +3,9 @@
 import platform
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import ray
@@ -17,10 +18,11 @@ from autocomp.results import TrialResult
 from autocomp.study.executors.kit import Kit, send
 from autocomp.study.executors.ray.connect import check, workers_of
 from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
+from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
-from autocomp.study.worker import Answer, Task, TimeTask
+from autocomp.train import Trainer
 
-__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor"]
+__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor", "trainer"]
 
 ATTEMPTS = 3
 """Workers that a trial may lose before it has failed."""
@@ -35,7 +37,7 @@ class _Flight:
     policy: Policy
     steps: Steps
     task: Task
-    losses: int = 0
+    losses: list[str] = field(default_factory=list)
 
 
 class RayExecutor:
@@ -50,8 +52,10 @@ class RayExecutor:
     def __init__(self, trials: Trials, workers: Pool, meters: Pool | None) -> None:
         self._trials, self._workers, self._meters = trials, workers, meters
         self._queues: dict[bool, deque[_Flight]] = {True: deque(), False: deque()}  # by whether it is to be timed
+        self._same: dict[str, list[_Flight]] = {}  # structure under way -> who waits for its time
         self._sent: dict[Any, tuple[_Flight, Pool, Member]] = {}
         self._retried = 0
+        self._begun, self._timed_s = monotonic(), 0.0
 
     def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
         left = deque(wave)
@@ -70,11 +74,11 @@ class RayExecutor:
         """Forget what is under way; the pools go on, as another search may use them."""
         for _, _, member in self._sent.values():
             member.busy = False
-        self._sent, self._queues = {}, {True: deque(), False: deque()}
+        self._sent, self._queues, self._same = {}, {True: deque(), False: deque()}, {}
 
     @property
     def _under_way(self) -> int:
-        return len(self._sent) + sum(map(len, self._queues.values()))
+        return len(self._sent) + sum(map(len, (*self._queues.values(), *self._same.values())))
 
     def _begin(self, number: int, role: str, policy: Policy) -> Iterator[TrialResult]:
         steps = self._trials.steps(number, role, policy)
@@ -84,13 +88,27 @@ class RayExecutor:
             yield end.value
 
     def _advance(self, flight: _Flight, answer: Answer) -> Iterator[TrialResult]:
+        same: list[_Flight] = []
+        if isinstance(flight.task, TimeTask):
+            same = self._same.pop(flight.task.structure)
+            self._timed_s += answer.seconds.get("time", 0.0)
         try:
             flight.task = flight.steps.send(answer)
             self._queue(flight)
         except StopIteration as end:
             yield end.value
+        for other in same:  # from the beginning: now its time is known
+            yield from self._begin(other.number, other.role, other.policy)
 
     def _queue(self, flight: _Flight) -> None:
+        if isinstance(flight.task, TimeTask):
+            if flight.task.structure in self._same:
+                self._same[flight.task.structure].append(flight)
+                return
+            self._same[flight.task.structure] = []
+        self._push(flight)
+
+    def _push(self, flight: _Flight) -> None:
         self._queues[isinstance(flight.task, TimeTask)].append(flight)
 
     def _time_here(self) -> Iterator[TrialResult]:
@@ -138,17 +156,25 @@ class RayExecutor:
                 raise  # a bug, which another worker has as well
             except RayError as error:
                 pool.lose(member)
-                flight.losses += 1
-                if flight.losses < ATTEMPTS:
+                flight.losses.append(f"on {member.host}: {error}")
+                if len(flight.losses) < ATTEMPTS:
                     self._retried += 1
-                    self._queue(flight)
+                    self._push(flight)
                     continue
                 stage = "time" if isinstance(flight.task, TimeTask) else "score"
-                reason = f"it lost {flight.losses} workers, the last one so: {reason_of(error)}"
-                answer = Answer(stage=stage, error=reason)
+                reason = f"it lost {ATTEMPTS} workers, the last one so: {reason_of(error)}"
+                answer = Answer(stage=stage, error=reason, log="\n\n".join(flight.losses))
             yield flight, answer
         lost = sum(pool.lost for pool in pools)
-        self._trials.observer(Fleet(len(self._workers.members), len(self._sent), lost, self._retried))
+        fleet = Fleet(len(self._workers.members), len(self._sent), lost, self._retried, self._share_timed())
+        self._trials.observer(fleet)
+
+    def _share_timed(self) -> float | None:
+        """Part of the time so far that each target device was timing; None where times are computed."""
+        if not self._trials.backend.measures:
+            return None
+        devices = 1 if self._meters is None else self._meters.size
+        return self._timed_s / (devices * max(monotonic() - self._begun, 1e-3))
 
     def _announce(self, flight: _Flight) -> None:
         stage = "time" if isinstance(flight.task, TimeTask) else "score"
@@ -171,38 +197,57 @@ class RayExecutor:
 
 
 class RayCrew:
-    """The actors that the searches of one workbench share.
+    """The actors that the searches of one workbench share; they start at once and learn later what for.
 
     Args:
         config: with ``address``, ``workers``, ``gpus_per_worker`` and ``target_resource``.
-        kit: goes through the object store once.
-        device: fingerprint of this machine's target.
     """
 
-    def __init__(self, config: SearchConfig, kit: Kit, device: Mapping[str, Any]) -> None:
+    def __init__(self, config: SearchConfig) -> None:
         check(config)
-        parcel = ray.put(send(kit, ray.cloudpickle.dumps))
-        worker = partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker)
-        self.pools = [Pool(worker, workers_of(config), parcel, "worker")]
-        self._meters = None
-        try:
-            if config.target_resource is not None:
-                count = int(ray.cluster_resources()[config.target_resource])
-                meter = partial(_station, num_cpus=0, resources={config.target_resource: 1})
-                self._meters = Pool(meter, count, parcel, "meter", device)
-                self.pools.append(self._meters)
-            for pool in self.pools:
-                pool.wait_for_one()
-        except BaseException:
-            self.close()
-            raise
+        self._config = config
+        self.workers = Pool(
+            partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker), workers_of(config), "worker"
+        )
+        self.meters = None
+        if config.target_resource is not None:
+            count = int(ray.cluster_resources()[config.target_resource])
+            self.meters = Pool(partial(_station, num_cpus=0, resources={config.target_resource: 1}), count, "meter")
+
+    def equip(self, kit: Kit, device: Mapping[str, Any]) -> None:
+        """The kit goes through the object store once."""
+        self._equipment = ray.put(send(kit, ray.cloudpickle.dumps)), device
+        self._gather()
 
     def executor(self, trials: Trials) -> RayExecutor:
-        return RayExecutor(trials, self.pools[0], self._meters)
+        self._gather()
+        return RayExecutor(trials, self.workers, self.meters)
+
+    def trainer(self) -> Trainer:
+        """Ray Tune, which needs the processors that the workers hold; they start again for the next search."""
+        self.close()
+        return trainer(self._config)
+
+    def _gather(self) -> None:
+        parcel, device = self._equipment
+        self.workers.equip(parcel)
+        if self.meters is not None:
+            self.meters.equip(parcel, device)
+            self.meters.gather()
+        self.workers.gather()
 
     def close(self) -> None:
-        for pool in self.pools:
-            pool.close()
+        for pool in (self.workers, self.meters):
+            if pool is not None:
+                pool.close()
+
+
+def trainer(config: SearchConfig) -> Trainer:
+    """Ray Tune on the cluster. Raises: ConfigError as `check`."""
+    check(config)
+    from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
+
+    return finetune_on_ray
 
 
 def _station(name: str, **options: Any) -> Any:

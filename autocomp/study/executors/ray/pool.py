@@ -12,7 +12,8 @@ from ray.exceptions import RayError
 
 from autocomp.errors import AutocompError, ConfigError, RunError
 from autocomp.study.executors.kit import Parcel, open_kit, receive
-from autocomp.study.worker import Answer, Task, Worker, line_of
+from autocomp.study.tasks import Answer, Task
+from autocomp.study.worker import Worker, line_of
 
 __all__ = ["Member", "Pool", "Station", "reason_of"]
 
@@ -20,6 +21,8 @@ FAILED_STARTS = 3
 """Workers that may fail to start, one after the other, before no more are started."""
 START_S = 300.0
 """Longest wait for a first worker to start, and for one to come back when all are lost."""
+REST_S = 10.0
+"""Longest wait for the rest once a first one has started."""
 
 
 class Station:
@@ -56,35 +59,52 @@ class Member:
 
 
 class Pool:
-    """Actors of one kind. One that is lost is replaced; its successor joins when it has loaded the kit.
+    """Actors of one kind, which join when they have loaded the kit. One that is lost is replaced.
 
     Args:
         make: starts an actor of a given name.
         size: how many there are to be.
-        kit: reference to the parcel they load.
         name: of the pool, for the dashboard.
-        device: fingerprint that all must have; None where any will do.
     """
 
-    def __init__(
-        self, make: Callable[[str], Any], size: int, kit: Any, name: str, device: Mapping[str, Any] | None = None
-    ) -> None:
-        self._make, self._kit, self._name, self._device = make, kit, name, device
+    def __init__(self, make: Callable[[str], Any], size: int, name: str) -> None:
+        self._make, self._name = make, name
+        self._kit: Any = None
+        self._device: Mapping[str, Any] | None = None
         self.size = size
         self.members: list[Member] = []
         self.joining: dict[Any, Member] = {}
         self.lost = 0
         self._made = self._failed_starts = 0
         self._missing_since = monotonic()
-        for _ in range(size):
-            self._hire()
+        self._waiting = [self._started() for _ in range(size)]
 
-    def wait_for_one(self) -> None:
-        """Raises: ConfigError if none can start, RunError if none does in time."""
+    def equip(self, kit: Any, device: Mapping[str, Any] | None = None) -> None:
+        """Have all load the kit, those that were closed after they have started again.
+
+        Args:
+            kit: reference to the parcel.
+            device: fingerprint that all must have; None where any will do.
+        """
+        self._kit, self._device, self._missing_since = kit, device, monotonic()
+        missing = self.size - len(self.members) - len(self.joining) - len(self._waiting)
+        self._waiting += [self._started() for _ in range(missing)]
+        while self._waiting:
+            self._load(self._waiting.pop())
+
+    def gather(self) -> None:
+        """Wait for a first member, and a little for the rest, whose start would disturb what is measured next.
+
+        Raises:
+            ConfigError: none can start.
+            RunError: none does in time.
+        """
         while not self.members:
             self.require()
-            for ref in ray.wait(list(self.joining), timeout=1.0)[0]:
-                self.joined(ref)
+            self._let_in()
+        until = monotonic() + REST_S
+        while self.joining and monotonic() < until:
+            self._let_in()
 
     def require(self) -> None:
         """Raises: RunError if all members have been away for too long."""
@@ -110,7 +130,7 @@ class Pool:
             if not self.members and (isinstance(error, ConfigError) or self._failed_starts >= FAILED_STARTS):
                 raise ConfigError(reason_of(error)) from error
             if self._failed_starts < FAILED_STARTS:
-                self._hire()
+                self._load(self._started())
             return
         if self._device is not None and device != self._device:
             raise ConfigError(
@@ -127,17 +147,23 @@ class Pool:
             self.lost += 1
             self._missing_since = monotonic()
             ray.kill(member.actor)  # where it is only unreachable: its answer must not come twice
-            self._hire()
+            self._load(self._started())
 
     def close(self) -> None:
-        for member in (*self.members, *self.joining.values()):
-            ray.kill(member.actor)
-        self.members, self.joining = [], {}
+        for actor in (*self._waiting, *(member.actor for member in (*self.members, *self.joining.values()))):
+            ray.kill(actor)
+        self._waiting, self.members, self.joining = [], [], {}
 
-    def _hire(self) -> None:
+    def _let_in(self) -> None:
+        for ref in ray.wait(list(self.joining), timeout=1.0)[0]:
+            self.joined(ref)
+
+    def _started(self) -> Any:
         name = f"autocomp {self._name} {self._made} of {platform.node()}-{os.getpid()}-{id(self)}"
-        actor = self._make(name)
         self._made += 1
+        return self._make(name)
+
+    def _load(self, actor: Any) -> None:
         self.joining[actor.load.remote(self._kit)] = Member(actor)
 
 

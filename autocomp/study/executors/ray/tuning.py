@@ -1,0 +1,104 @@
+"""Fine-tuning on a cluster: Ray Tune trains a model at several learning rates and stops the worse ones early."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+
+from autocomp.compress.wire import Packed, pack, unpack
+from autocomp.data import Indexed
+from autocomp.errors import CompressError
+from autocomp.outcome import EpochDone, Event, Observer, Phase
+from autocomp.train import TrainingRecipe, Tuned, finetune
+
+__all__ = ["RATES", "finetune_on_ray"]
+
+RATES = (1 / 3, 1.0, 3.0)
+"""Learning rates that are tried, over the recipe's."""
+RESTARTS = 2
+"""Times that a training whose worker was lost is begun again, from its last checkpoint."""
+FOLDER = "tune"
+"""Of Ray Tune's own records, while it works."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every trial is given: modules as they travel, images, the recipe, and the local training's checkpoint."""
+
+    student: Packed
+    teacher: Packed | None
+    images: Indexed
+    recipe: TrainingRecipe
+    checkpoint: Path
+
+    def at(self, lr: float) -> tuple[TrainingRecipe, Path]:
+        """The recipe at another learning rate, and its checkpoint."""
+        return replace(self.recipe, lr=lr), self.checkpoint.with_suffix(f".{lr:g}.pt")
+
+
+def finetune_on_ray(
+    module: Any,
+    teacher: Any,
+    images: Indexed,
+    recipe: TrainingRecipe,
+    observer: Observer,
+    checkpoint: Path | None = None,
+) -> Tuned:
+    """As `autocomp.train.finetune`, at several learning rates at once; the one whose training loss ends lowest counts.
+
+    Asynchronous successive halving (Li et al., arXiv:1810.05934, algorithm 2) stops a training after an epoch in which
+    it is not among the best third of those that came as far. No image that a later choice is made on is looked at.
+    Every training keeps its own checkpoint beside ``checkpoint``, on storage that all nodes reach: one whose worker is
+    lost, or all of them after a stop of the search, go on from there.
+
+    Raises:
+        DataError, ModelError, CompressError: as `autocomp.train.finetune`; the last one where all trainings diverged.
+    """
+    assert checkpoint is not None
+    records = checkpoint.resolve().parent / FOLDER
+    shutil.rmtree(records, ignore_errors=True)
+    job = _Job(pack(module), None if teacher is None else pack(teacher), images, recipe, checkpoint.resolve())
+    observer(Phase("finetune"))
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # a stop is the user's: it must not look like an end
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_train, job=job), {"cpu": 1}),
+        param_space={"lr": tune.grid_search([rate * recipe.lr for rate in RATES])},
+        tune_config=tune.TuneConfig(
+            metric="loss",
+            mode="min",
+            scheduler=ASHAScheduler(time_attr="epoch", max_t=recipe.epochs, reduction_factor=len(RATES)),
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=FOLDER,
+            storage_path=str(records.parent),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+    ended = [(result.metrics or {}, result.config or {}) for result in tuner.fit()]
+    _, best = min(ended, key=lambda end: (-end[0].get("epoch", 0), end[0].get("loss", inf)))
+    shutil.rmtree(records)
+    chosen, kept = job.at(best["lr"])
+    return finetune(module, teacher, images, chosen, observer, kept)  # of which nothing is left to do
+
+
+def _train(config: Mapping[str, Any], job: _Job) -> None:
+    """One training; where it diverges it ends with the epochs it has."""
+
+    def watch(event: Event) -> None:
+        if isinstance(event, EpochDone) and event.number < job.recipe.epochs:
+            tune.report({"epoch": event.number, "loss": event.loss})
+
+    recipe, kept = job.at(config["lr"])
+    teacher = None if job.teacher is None else unpack(job.teacher)
+    with suppress(CompressError):
+        tuned = finetune(unpack(job.student), teacher, job.images, recipe, watch, kept)
+        tune.report({"epoch": recipe.epochs, "loss": tuned.losses[-1]})

@@ -1,0 +1,109 @@
+"""What a user is told who asks for a cluster that cannot serve."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from autocomp.config import SearchConfig
+from autocomp.engines import BackendSpec
+from autocomp.errors import ConfigError, DataError
+from autocomp.results import TimingProtocol
+from autocomp.study import executors
+from autocomp.study.executors import Kit
+from autocomp.study.executors import ray as rays
+from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.score import Predictions, Scorer
+
+CONFIG = SearchConfig(executor="ray")
+
+
+class Elsewhere:
+    """Images that lie on another machine."""
+
+    def batches(self, size: int) -> Any:
+        raise DataError("cannot read /here/1.png")
+
+
+@pytest.fixture
+def kit() -> Kit:
+    """Only what a worker looks at before it works."""
+    found = Predictions(np.zeros((1, 2), np.float32), np.zeros(1, np.int64))
+    scorer = Scorer(Elsewhere(), found, True)  # type: ignore[arg-type]
+    return Kit(None, BackendSpec("simulated", 1), None, b"", scorer, TimingProtocol())  # type: ignore[arg-type]
+
+
+def test_without_ray_the_answer_is_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("autocomp.study.executors.ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(executors, "ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ConfigError, match=r"pip install 'autocomp\[ray\]'"):
+        executors.hire(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "words"),
+    [
+        ("ray://127.0.0.1:9", "", r"ray://127.0.0.1:9"),
+        ("auto", "127.0.0.1:9", r":9"),
+        (None, "", r":7"),  # a cluster that was killed leaves a record
+    ],
+)
+def test_nobody_at_the_address_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None, variable: str, words: str
+) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:7")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", variable)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda *arguments, **options: pytest.fail("it waits for minutes"))
+    with pytest.raises(ConfigError, match=f"no Ray cluster answers at .*{words} .*ray start --head"):
+        rays.check(replace(CONFIG, address=address))
+
+
+def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.utils import check_version_info
+
+    def init(*arguments: Any, **options: Any) -> None:
+        check_version_info({"ray_version": "1.0.0", "python_version": "3.6.1"}, "here")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=r"Version mismatch.*Ray: 1.0.0 Python: 3.6.1") as caught:
+        rays.check(replace(CONFIG, address="local"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_here.py").write_text("def metric(a, b, c):\n    return 0.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    metric = importlib.import_module("only_here").metric
+    parcel = send(replace(kit, scorer=replace(kit.scorer, metric=metric)), ray.cloudpickle.dumps)
+    monkeypatch.delitem(sys.modules, "only_here")
+    (tmp_path / "only_here.py").unlink()
+    importlib.invalidate_caches()
+    with pytest.raises(ConfigError, match="package only_here is missing"):
+        receive(parcel)
+
+
+def test_images_that_only_the_driver_can_read_are_named(kit: Kit) -> None:
+    with pytest.raises(DataError, match=r"/here/1.png.*storage that every node reaches"):
+        open_kit(kit)
+
+
+@pytest.mark.parametrize("out", [None, "here", "./deep/er"])
+def test_a_run_folder_in_a_jobs_copy_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str | None
+) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    with pytest.raises(ConfigError, match="outlives"):
+        rays.check(replace(CONFIG, out=out))
