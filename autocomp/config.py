@@ -47,6 +47,7 @@ class SearchConfig:
         threads: of the engine.
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
+        exclude, include: globs on layers, beside those of the space: what is left as it is, and all that is compressed.
         controller: ``guided``, ``evolution``, ``tpe``, ``nsga2``, ``gp``, ``cmaes``, ``ddpg`` or ``random``.
         trials: policies to evaluate.
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
@@ -79,6 +80,8 @@ class SearchConfig:
     threads: int = 1
     batch: int | None = None
     space: str = "default"
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     controller: str = "evolution"
     trials: int = 32
     baseline_trials: int | None = None

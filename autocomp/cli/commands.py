@@ -17,7 +17,9 @@ from autocomp.cli.flags import (
     Config,
     Data,
     Engine,
+    Exclude,
     Hardware,
+    Include,
     Mean,
     Model,
     Seed,
@@ -89,6 +91,8 @@ def search(
     threads: Threads = None,
     batch: Batch = None,
     space: Space = None,
+    exclude: Exclude = None,
+    include: Include = None,
     controller: Annotated[
         Text, typer.Option(help="evolution, guided, tpe, nsga2, gp, cmaes, ddpg or random [evolution]")
     ] = None,
@@ -220,6 +224,8 @@ def sensitivity(
     threads: Threads = None,
     batch: Batch = None,
     space: Space = None,
+    exclude: Exclude = None,
+    include: Include = None,
     seed: Seed = None,
     mean: Mean = None,
     std: Std = None,

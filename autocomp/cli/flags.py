@@ -17,7 +17,9 @@ __all__ = [
     "Config",
     "Data",
     "Engine",
+    "Exclude",
     "Hardware",
+    "Include",
     "Mean",
     "Model",
     "Seed",
@@ -48,6 +50,14 @@ Mean = Annotated[Text, typer.Option(help="channel means of the data, as 0.5,0.5,
 Std = Annotated[Text, typer.Option(help="channel standard deviations of the data, as 0.2,0.2,0.2")]
 Size = Annotated[Whole, typer.Option(help="side of the square input, in pixels")]
 Space = Annotated[Text, typer.Option(help="search space, by name or file [default]")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="layers to leave as they are, as 'layer3.*'; may be repeated"),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="the only layers to compress, as 'layer3.*'; may be repeated"),
+]
 Seed = Annotated[Whole, typer.Option(help="of every draw [0]")]
 CalibrationImages = Annotated[Whole, typer.Option(help="images for ranges and reconstruction [1024]")]
 Address = Annotated[Text, typer.Option(help="Ray cluster: auto, local or ray://HOST:PORT [a running one]")]

@@ -182,7 +182,7 @@ class _Trial:
     def ends(self, group: Group) -> bool:
         """Whether the group holds the channels of the last layer, the logits."""
         last = {layer.name for layer in self.graph.layers if layer.node == self.graph.output}
-        return any(m.axis == 0 and m.parameter.rpartition(".")[0] in last for m in group.members)
+        return not last.isdisjoint(group.writers)
 
     def prunes(self, groups: Sequence[Group]) -> bool:
         """Whether every second channel of all groups can go as if it were zero."""
