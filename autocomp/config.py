@@ -38,6 +38,7 @@ class SearchConfig:
     Attributes:
         model: ``zoo:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
         weights: file of the model's weights; None for embedded ones, or the factory's own.
+        output_key: of the logits, where the model returns a dict, a dataclass or a tuple: name or position.
         data: ``digits``, ``npz:FILE``, ``imagefolder:DIR``, ``cifar10:DIR``, ``random:3x224x224`` or
             ``package.module:factory``.
         budget: limits that must all hold, as `autocomp.budget.Budget.parse` reads them.
@@ -72,6 +73,7 @@ class SearchConfig:
 
     model: str = "zoo:resnet20"
     weights: str | None = None
+    output_key: str | None = None
     data: str = "digits"
     budget: tuple[str, ...] = ()
     engine: str = "onnxruntime"

@@ -22,6 +22,7 @@ __all__ = [
     "Include",
     "Mean",
     "Model",
+    "OutputKey",
     "Seed",
     "Size",
     "Space",
@@ -37,6 +38,7 @@ Text = str | None
 Whole = int | None
 Model = Annotated[Text, typer.Option(help="zoo:NAME, torchvision:NAME or package.module:factory [zoo:resnet20]")]
 Weights = Annotated[Text, typer.Option(help="safetensors, or a state dict, of the model")]
+OutputKey = Annotated[Text, typer.Option(help="of the logits, where the model returns a dict or a tuple")]
 Data = Annotated[Text, typer.Option(help="digits, npz:FILE, imagefolder:DIR, cifar10:DIR, random:CxHxW or a factory")]
 Budgets = Annotated[
     list[str] | None,

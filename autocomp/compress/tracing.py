@@ -18,7 +18,7 @@ from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_ten
 from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.errors import ModelError
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
-from autocomp.models import first_not_finite
+from autocomp.models import first_not_finite, logits_in
 
 __all__ = ["Traced", "trace"]
 
@@ -99,26 +99,13 @@ def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
         own = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
         before = state_of(own)
         with torch.no_grad():
-            logits = own(example)
+            outputs = own(example)
     except Exception as error:  # the user's code runs here: anything can come out of it
         raise ModelError(
             f"the model does not run on images of shape {tuple(example.shape)} ({reason_of(error)}): "
             "check the model against the data"
         ) from error
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"the model returns a {type(logits).__name__}: return the logits only, one tensor (n, classes)"
-        )
-    if logits.is_complex():
-        raise ModelError(
-            f"the model returns complex numbers ({logits.dtype}): return real ones, such as their magnitude, or their "
-            "real and imaginary parts side by side"
-        )
-    if not logits.is_floating_point() or logits.ndim != 2 or len(logits) != len(example):
-        raise ModelError(
-            f"the model returns {tuple(logits.shape)} of {logits.dtype} for {len(example)} images: "
-            "return the logits only, one float tensor (n, classes)"
-        )
+    logits = logits_in(outputs, len(example), "the model")
     if not bool(torch.isfinite(logits).all()):
         place = first_not_finite(own, example)
         raise ModelError(f"the model returns NaN or infinity on the example{place}: check weights and data's scaling")

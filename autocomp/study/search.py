@@ -83,7 +83,8 @@ def begin(bench: Workbench) -> Prologue:
     if bench.splits.labelled and found.accuracy <= limit:
         raise ModelError(
             f"the uncompressed model scores {100 * found.accuracy:.1f}% on {bench.splits.source}, which is chance "
-            f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data"
+            f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data; outputs "
+            "that are no logits of classes need images without labels and a --metric"
         )
     scorer = Scorer(bench.splits.search, found, bench.splits.labelled, load_metric(bench.config.metric))
     backend = None if bench.backend.measures else bench.backend
@@ -112,6 +113,11 @@ def search(
     for text in (*bench.notes, *_data_notes(bench)):
         note(text)
     limits, reference = _limits(bench, prologue, run, observer)
+    if limits.idle and limits.goal == "accuracy":
+        note(
+            "the uncompressed engine meets the budget already, and its outputs have no accuracy that a faster policy "
+            "could be held to: give a tighter budget"
+        )
     if limits.goal == "speed":
         note(
             "the uncompressed engine meets the budget already; searching for the fastest policy within "
@@ -224,7 +230,7 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     latency_ms = {found.statistic: found.latency_ms.value for found in estimates}
     macs, size_bytes = bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
     limits = Limits(budgets, latency_ms, macs, size_bytes)
-    if all(violation <= 0 for violation in limits.violations(1.0, macs, size_bytes)):
+    if limits.idle and prologue.scorer.classifies:
         accuracy = prologue.search.accuracy if bench.splits.labelled else 1.0
         limits = Limits(budgets, latency_ms, macs, size_bytes, "speed", accuracy)
     return limits, estimates[0]

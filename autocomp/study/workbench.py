@@ -21,6 +21,7 @@ from autocomp.compress import (
     equalize,
     export_compressed,
     export_onnx,
+    footprint,
     logits_of,
     structure,
     to_tensor,
@@ -31,6 +32,7 @@ from autocomp.data import Split, Splits
 from autocomp.engines import BackendSpec, Template, emit, load_template, with_codes
 from autocomp.engines.label import labelled
 from autocomp.errors import CompressError, ConfigError, EngineError, ModelError
+from autocomp.memory import refuse_larger
 from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
@@ -180,8 +182,9 @@ def prepare(
     backend = target(traced.graph)
     capabilities = backend.capabilities()
     space = choices.restrict(traced.graph, capabilities)
-    observer(Phase("statistics"))
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
+    refuse_larger(model.spec, footprint(traced.graph, recipe.images))
+    observer(Phase("statistics"))
     images = first_images(splits.calibration, recipe.images)
     traced = equalize(traced, recipe)
     try:
