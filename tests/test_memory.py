@@ -50,7 +50,8 @@ def test_the_estimate_is_what_statistics_take() -> None:
     model, calibration = trained(Mixed()), images(40, 16)
     traced = trace(model, calibration[:2])
     found = collect(traced, calibration, Recipe())
-    moments, data, values = footprint(traced.graph, 40).values()
+    parameters, moments, data, values = footprint(traced.graph, 40).values()
+    assert parameters == 5 * sum(4 * tensor.numel() for tensor in traced.module.state_dict().values())
     assert moments == 3 * sum(4 * moment.gram.numel() for moment in found.moments.values())
     assert data == 4 * (calibration.numel() + found.logits.numel())
     assert values == 2 * 4 * 40 * 8 * 16 * 16  # what the stem gives, and its activation
