@@ -1,5 +1,6 @@
 """Every example of a user's own code goes through a short search, as its first lines say but for sizes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,9 @@ def test_own_model_data_and_metric_and_a_dict_of_outputs(
     )  # fmt: skip
     assert found.best is not None and found.best.test_accuracy is not None
     assert found.best.policy.kept and "15" not in found.best.policy.precisions
+    alone = json.loads((tmp_path / "run" / "sensitivity.json").read_text())
+    assert alone["metric"] == "examples.own_metric:worst_class"
+    assert max(row["divergence"] or 0.0 for row in alone["rows"]) > 0.01
     # The uncompressed model's file computes the logits, and the metric of the best trial is that of its outputs.
     module = load_model("examples.own_model:model", weights, 10, embedded=False).module
     images, labels = own_model.data()[1].tensors
@@ -64,7 +68,7 @@ def test_a_detector_of_images_without_labels(tmp_path: Path, monkeypatch: pytest
     """The example's wrapper, data, metric and detection, around a smaller detector of torchvision's."""
     torch.manual_seed(0)
     boxes = DefaultBoxGenerator([[2], [2]])
-    detector = SSD(Maps(), boxes, (64, 64), 3, score_thresh=0.1, image_mean=[0.5] * 3, image_std=[0.5] * 3).eval()
+    detector = SSD(Maps(), boxes, (64, 64), 91, score_thresh=0.012, image_mean=[0.5] * 3, image_std=[0.5] * 3).eval()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     draw = np.random.default_rng(0)
@@ -74,13 +78,9 @@ def test_a_detector_of_images_without_labels(tmp_path: Path, monkeypatch: pytest
     train, test = (ssdlite.Photographs(part.files, 64) for part in ssdlite.data())
     assert (len(train), len(test)) == (160, 40)
 
-    def metric(outputs: np.ndarray, reference: np.ndarray, places: np.ndarray) -> float:
-        return ssdlite.divergence(outputs, reference, places, classes=3)
-
-    monkeypatch.setattr("autocomp.study.search.load_metric", lambda spec: metric)
     found = autocomp.search(
         ssdlite.Raw(detector), (train, test), "0.8xMACs", calibration_images=64, search_images=40, selection_images=40,
-        out=str(tmp_path / "run"), **FEW,
+        metric="examples.detection.ssdlite:divergence", out=str(tmp_path / "run"), **FEW,
     )  # fmt: skip
     best, reference = found.best, found.reference
     assert best is not None and best.policy.kept
@@ -93,7 +93,7 @@ def test_a_detector_of_images_without_labels(tmp_path: Path, monkeypatch: pytest
         expected = detector(list(pixels * 0.5 + 0.5))
     for name in ("reference.onnx", "model.onnx"):
         session = onnxruntime.InferenceSession(tmp_path / "run" / name, providers=["CPUExecutionProvider"])
-        objects = ssdlite.detect(detector, session, pixels, classes=3)
+        objects = ssdlite.detect(detector, session, pixels)
         assert all(set(entry) == {"boxes", "scores", "labels"} for entry in objects)
         if name == "reference.onnx":
             for entry, own in zip(objects, expected, strict=True):

@@ -7,7 +7,7 @@ from typing import Self
 from autocomp.budget import parse_budgets
 from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
-from autocomp.errors import DataError, EngineError, ModelError
+from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
@@ -71,6 +71,7 @@ def begin(bench: Workbench) -> Prologue:
     """Build the reference engine and score it on the search split.
 
     Raises:
+        ConfigError: the metric fails on the uncompressed model's outputs.
         ModelError: the model guesses: its accuracy is at chance level; or the engine fails on the uncompressed model.
     """
     try:
@@ -87,6 +88,10 @@ def begin(bench: Workbench) -> Prologue:
             "that are no logits of classes need images without labels and a --metric"
         )
     scorer = Scorer(bench.splits.search, found, bench.splits.labelled, load_metric(bench.config.metric))
+    try:
+        scorer.of(found)
+    except EngineError as error:
+        raise ConfigError(f"{bench.config.metric} cannot score the uncompressed model: {error}") from error
     backend = None if bench.backend.measures else bench.backend
     kit = Kit(bench.emitter, bench.spec, backend, bench.reference, scorer, TimingProtocol())
     return Prologue(reference, scorer, hire(bench.config, kit, bench.backend.device.to_json()))
