@@ -38,6 +38,7 @@ class SearchConfig:
     Attributes:
         model: ``zoo:NAME``, ``torchvision:NAME`` or ``package.module:factory``.
         weights: file of the model's weights; None for embedded ones, or the factory's own.
+        output_key: of the logits, where the model returns a dict, a dataclass or a tuple: name or position.
         data: ``digits``, ``npz:FILE``, ``imagefolder:DIR``, ``cifar10:DIR``, ``random:3x224x224`` or
             ``package.module:factory``.
         budget: limits that must all hold, as `autocomp.budget.Budget.parse` reads them.
@@ -47,6 +48,7 @@ class SearchConfig:
         threads: of the engine.
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
+        exclude, include: globs on layers, beside those of the space: what is left as it is, and all that is compressed.
         controller: ``guided``, ``evolution``, ``tpe``, ``nsga2``, ``gp``, ``cmaes``, ``ddpg`` or ``random``.
         trials: policies to evaluate.
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
@@ -71,6 +73,7 @@ class SearchConfig:
 
     model: str = "zoo:resnet20"
     weights: str | None = None
+    output_key: str | None = None
     data: str = "digits"
     budget: tuple[str, ...] = ()
     engine: str = "onnxruntime"
@@ -79,6 +82,8 @@ class SearchConfig:
     threads: int = 1
     batch: int | None = None
     space: str = "default"
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     controller: str = "evolution"
     trials: int = 24
     baseline_trials: int | None = None

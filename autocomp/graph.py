@@ -110,6 +110,11 @@ class Group:
     channels: int
     members: tuple[Member, ...]
 
+    @property
+    def writers(self) -> frozenset[str]:
+        """Names of the modules that give these channels: layers, and norms that were not folded."""
+        return frozenset(member.parameter.rpartition(".")[0] for member in self.members if member.axis == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:

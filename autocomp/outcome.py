@@ -233,7 +233,8 @@ class ChoiceEffect:
         choice: for readers: ``8 of 16``, ``removed``, ``int8``.
         saved_ms: predicted, with its 95 % interval: without this choice a batch takes so much longer; negative where
             the choice costs time. None without a profile.
-        loss: divergence in nats that the choice alone causes in the uncompressed model; None where it is not known.
+        loss: divergence (KL in nats, or the rise of the user's metric) that the choice alone causes in the
+            uncompressed model; None where it is not known.
         loss_measured: False where it was read off a line through measured counts.
         macs_saved: of one sample.
     """

@@ -133,7 +133,8 @@ class Score:
         divergence: mean of the metric against the uncompressed model's outputs (KL by default); smaller is better.
         accuracy: top-1, in [0, 1]; None where the data has no meaningful labels.
         images: scored.
-        agreement: share of images whose top-1 is that of the uncompressed model, in [0, 1].
+        agreement: share of images whose top-1 is that of the uncompressed model, in [0, 1]; None where outputs are no
+            logits of classes.
     """
 
     divergence: float

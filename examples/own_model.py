@@ -47,9 +47,9 @@ def data() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     return train, validation, test
 
 
-def main(path: str) -> None:
+def main(path: str, epochs: int = 12) -> None:
     torch.manual_seed(0)
-    network, (train, _, test), epochs = model(), data(), 12
+    network, (train, _, test) = model(), data()
     batches = DataLoader(train, batch_size=64, shuffle=True)
     optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=epochs * len(batches))

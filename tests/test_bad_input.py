@@ -125,6 +125,28 @@ def test_activations_that_overflow_are_bad_input(tmp_path: Path) -> None:
     refused(tmp_path / "run", (dataset(), dataset(1e38), dataset()), "cannot be scored.*NaN or infinite")
 
 
+def test_a_metric_that_fails_on_the_uncompressed_model_is_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"metric_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "def f(outputs, reference, labels):\n    return 1 / (len(labels) - len(outputs))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    words = f"{name}:f cannot score the uncompressed model: the metric raised ZeroDivisionError"
+    refused(tmp_path / "run", (dataset(), dataset()), words, metric=f"{name}:f")
+
+
+def test_globs_without_a_match_and_models_larger_than_memory_are_bad_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = (dataset(), dataset())
+    refused(tmp_path / "run", data, "exclude: no layer of this model matches 'convs': .*conv, ", exclude="convs")
+    monkeypatch.setattr("autocomp.memory.available_bytes", lambda: 50_000)
+    refused(tmp_path / "run", data, r"live:Small needs about .* MB of memory .*second moments.*, but 0\.05 MB are free")
+
+
 def test_an_engine_that_refuses_the_uncompressed_model_is_bad_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

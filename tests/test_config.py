@@ -74,6 +74,7 @@ def test_every_field_goes_through_json_and_back() -> None:
     values: dict[str, Any] = {
         "budget": ("15ms", "4MB"), "mean": (0.5,), "std": (0.5,), "batch": 4, "baseline_trials": 0, "out": "here",
         "weights": "w.pt", "hardware": "board", "size": 64, "json": True,
+        "exclude": ("layer3.*", "fc"),
     }  # fmt: skip
     config = SearchConfig(**values)
     plain = config.to_json()

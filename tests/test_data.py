@@ -485,8 +485,11 @@ GOOD = (torch.zeros(1, 4, 4), 1)
         ((torch.zeros(1, 4, 4, dtype=torch.uint8), 1), "uint8"),
         ((torch.zeros(4, 4), 1), "(4, 4)"),
         ((Image.new("RGB", (4, 4)), 1), "image tensor"),
-        ({"image": torch.zeros(1, 4, 4)}, "pairs"),
-        ((torch.zeros(1, 4, 4), 1, 2), "pairs"),
+        ({"image": torch.zeros(1, 4, 4)}, "wrap the model"),
+        ((torch.zeros(1, 4, 4), 1, 2), "wrap the model"),
+        (((torch.zeros(1, 4, 4), torch.zeros(3)), 1), "wrap the model"),
+        ((torch.zeros(1, 4, 4), {"boxes": torch.zeros(2, 4)}), "images alone"),
+        (torch.zeros(1, 4, 4), "give all parts labels, or none"),
         ((torch.zeros(1, 4, 4), 0.5), "labels are"),
         ((torch.zeros(1, 4, 4), 4), "outside of the 4 classes"),
         ((torch.zeros(1, 4, 4), -1), "number classes from 0"),
@@ -498,6 +501,32 @@ def test_bad_items(item: object, part: str) -> None:
     with pytest.raises(DataError) as error:
         everything(splits_from_objects((good, Items([item] * 60)), SMALL, classes=4).test)
     assert part in one_line(error)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_images_alone_are_labelled_by_their_place_in_the_dataset(wrapped: bool) -> None:
+    pixels = torch.randn(200, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = TensorDataset(pixels) if wrapped else Items(list(pixels))  # tuples of one, or tensors
+    data = splits_from_objects((whole, Subset(whole, range(100, 150))), SMALL)
+    assert (data.labelled, data.classes) == (False, 1000)
+    images, places = everything(data.search)
+    assert np.array_equal(images, pixels.numpy()[places])
+    assert len(set(places)) == len(places) and not np.array_equal(places, np.sort(places))
+    assert np.array_equal(everything(data.test)[1], np.arange(50))  # of the dataset that was given
+
+
+def test_labels_of_some_items_only_are_refused() -> None:
+    items: list[object] = [(torch.zeros(1, 4, 4), 1)] * 60
+    ragged = DataLoader(
+        Items(items),
+        collate_fn=lambda batch: (
+            torch.stack([x for x, _ in batch])
+            if len(batch) > 9
+            else [torch.stack([x for x, _ in batch]), torch.ones(len(batch), dtype=torch.long)]
+        ),
+    )
+    with pytest.raises(DataError, match="some items have labels and some have none"):
+        everything(splits_from_objects((Items(items * 4), ragged), SMALL, classes=4).test)
 
 
 def test_images_of_unequal_shape() -> None:

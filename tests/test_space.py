@@ -1,5 +1,6 @@
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,6 +36,8 @@ spaces = st.builds(
     multiple=st.integers(1, 64),
     precisions=precisions,
     drop_branches=st.booleans(),
+    exclude=st.lists(texts.filter(bool), max_size=2).map(tuple),
+    include=st.lists(texts.filter(bool), max_size=2).map(tuple),
     rules=st.lists(rules, max_size=3).map(tuple),
 )
 
@@ -74,6 +77,8 @@ class TestFiles:
             ("multiple = 2.0", "a whole number"),
             ("multiple = true", "a whole number"),
             ("drop_branches = 1", "true or false"),
+            ('exclude = "layer3.*"', "a list of texts"),
+            ('include = [""]', "a list of texts"),
             ("description = 3", "a text in quotes"),
             ('precisions = ["int9"]', "int9"),
             ("precisions = []", "precisions is empty"),
@@ -188,6 +193,56 @@ class TestRestrict:
         assert not restricted.contains(Policy())  # the head is int8 in every policy
         assert restricted.contains(Policy(precisions={"head": INT8}))
         assert all(policy.precision("head") == INT8 for policy in restricted.uniform())
+
+    @pytest.mark.parametrize(
+        ("exclude", "include", "channels", "int8"),
+        [
+            ((), (), "left right", "left right depth head"),
+            (("left",), (), "right", "right depth head"),
+            (("depth",), (), "left", "left right head"),  # writes the channels of right as well
+            (("head",), (), "left right", "left right depth"),  # what it reads may still be pruned
+            ((), ("*ight",), "", "right"),  # depth would lose channels
+            ((), ("right", "depth"), "right", "right depth"),
+            (("right",), ("*",), "left", "left depth head"),  # exclude wins
+        ],
+    )
+    def test_layers_excluded_or_not_included_keep_channels_and_type(
+        self, exclude: tuple[str, ...], include: tuple[str, ...], channels: str, int8: str
+    ) -> None:
+        space = SearchSpace("s", kept=(0.5,), precisions=(FP32, INT8)).narrowed(exclude, include)
+        found = options(space.restrict(concat_net(), BOTH))
+        assert [name for kind, name in found if kind == "channels"] == channels.split()
+        assert [name for kind, name in found if kind == "precision"] == int8.split()
+
+    def test_a_branch_with_an_excluded_layer_stays(self) -> None:
+        space = SearchSpace("s", kept=(0.5,), precisions=(INT8,), drop_branches=True, exclude=("blocks.0.b",))
+        restricted = space.restrict(residual_net(2), BOTH)
+        found = options(restricted)
+        assert [name for kind, name in found if kind == "branch"] == ["blocks.1"]
+        assert ("precision", "blocks.0.b") not in found  # float in every policy, in a space of int8 alone
+        assert found["precision", "blocks.0.a"] == (INT8,)
+        assert all(policy.precision("blocks.0.b") == FP32 for policy in restricted.uniform())
+
+    @pytest.mark.parametrize(
+        ("fields", "words"),
+        [
+            (
+                {"exclude": ("block.0.*",)},
+                r"exclude: .*'block\.0\.\*': the nearest are blocks\.0\.[ab], blocks\.0\.[ab]",
+            ),
+            ({"include": ("heads",)}, "include: .*'heads': the nearest are head,"),
+            ({"exclude": ("stem", "blocks.0")}, "exclude: .*'blocks.0'"),  # a branch, not a layer
+            ({"rules": (Rule("blocks.7*", whole=True),)}, "rules: .*'blocks.7\\*'"),
+        ],
+    )
+    def test_a_glob_that_matches_nothing_is_refused(self, fields: dict[str, Any], words: str) -> None:
+        with pytest.raises(SpaceError, match=words) as caught:
+            SearchSpace("s", kept=(0.5,), **fields).restrict(residual_net(2), BOTH)
+        assert "\n" not in str(caught.value)
+
+    def test_what_is_held_may_be_all(self) -> None:
+        with pytest.raises(SpaceError, match="nothing to choose"):
+            SearchSpace("s", kept=(0.5,), exclude=("*",)).restrict(residual_net(1), BOTH)
 
 
 @pytest.fixture(scope="module")

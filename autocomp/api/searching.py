@@ -63,13 +63,10 @@ def search(
     flags.update({name: str(value) for name, value in settings.items() if isinstance(value, PathLike)})
     live_data = not (isinstance(data, str) or data is None)
     flags["data"] = LIVE + type(data).__name__ if live_data else data
-    live_model = None
-    if isinstance(model, str) or model is None:
-        flags["model"] = model
-    else:
-        live_model = wrap_model(model)
-        flags["model"] = LIVE + type(model).__name__
+    given = isinstance(model, str) or model is None
+    flags["model"] = model if given else LIVE + type(model).__name__
     config = load_config(None, flags)
+    live_model = None if given else wrap_model(model, output_key=config.output_key)
     splits = splits_from_objects(data, data_options(config)) if live_data else None
     return run_search(config, observer, live_model, splits)
 

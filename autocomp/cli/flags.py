@@ -17,9 +17,12 @@ __all__ = [
     "Config",
     "Data",
     "Engine",
+    "Exclude",
     "Hardware",
+    "Include",
     "Mean",
     "Model",
+    "OutputKey",
     "Seed",
     "Size",
     "Space",
@@ -35,6 +38,7 @@ Text = str | None
 Whole = int | None
 Model = Annotated[Text, typer.Option(help="zoo:NAME, torchvision:NAME or package.module:factory [zoo:resnet20]")]
 Weights = Annotated[Text, typer.Option(help="safetensors, or a state dict, of the model")]
+OutputKey = Annotated[Text, typer.Option(help="of the logits, where the model returns a dict or a tuple")]
 Data = Annotated[Text, typer.Option(help="digits, npz:FILE, imagefolder:DIR, cifar10:DIR, random:CxHxW or a factory")]
 Budgets = Annotated[
     list[str] | None,
@@ -48,6 +52,14 @@ Mean = Annotated[Text, typer.Option(help="channel means of the data, as 0.5,0.5,
 Std = Annotated[Text, typer.Option(help="channel standard deviations of the data, as 0.2,0.2,0.2")]
 Size = Annotated[Whole, typer.Option(help="side of the square input, in pixels")]
 Space = Annotated[Text, typer.Option(help="search space, by name or file [default]")]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="layers to leave as they are, as 'layer3.*'; may be repeated"),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="GLOB", help="the only layers to compress, as 'layer3.*'; may be repeated"),
+]
 Seed = Annotated[Whole, typer.Option(help="of every draw [0]")]
 CalibrationImages = Annotated[Whole, typer.Option(help="images for ranges and reconstruction [1024]")]
 Address = Annotated[Text, typer.Option(help="Ray cluster: auto, local or ray://HOST:PORT [a running one]")]

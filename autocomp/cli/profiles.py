@@ -13,6 +13,7 @@ from autocomp.cli.flags import (
     Engine,
     Mean,
     Model,
+    OutputKey,
     Seed,
     Size,
     Space,
@@ -133,6 +134,7 @@ def build(
     context: typer.Context,
     model: Model = None,
     weights: Weights = None,
+    output_key: OutputKey = None,
     data: Data = None,
     like: Annotated[Text, typer.Option(help="measure the models and batches of this profile")] = None,
     engine: Engine = None,
@@ -192,6 +194,7 @@ def lookup(
     policy: Annotated[Path | None, typer.Option(help="policy.json: predict a whole policy")] = None,
     model: Model = None,
     weights: Weights = None,
+    output_key: OutputKey = None,
     data: Data = None,
     mean: Mean = None,
     std: Std = None,
@@ -204,7 +207,7 @@ def lookup(
     """Say what a kernel takes, or with --policy a whole policy: in ms, with a 95 % interval, measured or not."""
     from autocomp.config import read_config
 
-    names = ("model", "weights", "data", "mean", "std", "engine", "threads", "batch")
+    names = ("model", "weights", "output_key", "data", "mean", "std", "engine", "threads", "batch")
     flags = {name: value for name, value in settings_of(context).items() if name in names}
     if policy is not None:
         if op is not None or around is not None:

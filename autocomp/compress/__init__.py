@@ -4,6 +4,7 @@ from autocomp.compress.apply import Compressed, compress, structure
 from autocomp.compress.arrays import logits_of, to_tensor
 from autocomp.compress.equalize import equalize
 from autocomp.compress.export import export_compressed, export_onnx
+from autocomp.compress.footprint import footprint
 from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
 from autocomp.compress.ranges import calibration_notes
@@ -27,6 +28,7 @@ __all__ = [
     "equalize",
     "export_compressed",
     "export_onnx",
+    "footprint",
     "kept_outputs",
     "logits_of",
     "lost_outputs",

@@ -1,14 +1,14 @@
 """From a module to a flat ATen graph: exported, in-place operators made pure, batch norms folded into their layers."""
 
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from autocomp.compress.naming import op_of, reason_of, value_of
+from autocomp.compress.exporting import export, unused
+from autocomp.compress.naming import op_of, value_of
 from autocomp.errors import ModelError
 
 __all__ = ["Lowered", "Norm", "lower"]
@@ -51,6 +51,7 @@ class Lowered:
         layers: node name -> layer name, for convolutions and linear operators with plain parameters.
         norms: layer name -> the batch norm folded into it.
         opaque: parameter or node name -> why it is no layer.
+        unused: modules and parameters that forward() does not use.
     """
 
     module: fx.GraphModule
@@ -58,6 +59,7 @@ class Lowered:
     layers: Mapping[str, str]
     norms: Mapping[str, Norm]
     opaque: Mapping[str, str]
+    unused: tuple[str, ...] = ()
 
 
 def lower(model: nn.Module, example: Tensor) -> Lowered:
@@ -70,19 +72,10 @@ def lower(model: nn.Module, example: Tensor) -> Lowered:
     Raises:
         ModelError: the model does not export, or the flat graph computes something else.
     """
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            exported = torch.export.export(model, (example,), dynamic_shapes=dynamic).module(check_guards=False)
-    except Exception as error:  # the user's code runs here: anything can come out of it
-        raise ModelError(
-            f"the model cannot be exported with a dynamic batch axis ({reason_of(error)}): "
-            "keep Python control flow and fixed batch sizes out of its forward()"
-        ) from error
-    assert isinstance(exported, fx.GraphModule)
+    exported = export(model, example)
+    left_out = unused(model, exported)
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    lowered = _Rebuild(exported, frozenset(own)).run()
+    lowered = replace(_Rebuild(exported, frozenset(own)).run(), unused=left_out)
     with torch.no_grad():
         expected, found = model(example), lowered.module(example)
     tolerance = 1e-3 * max(float(expected.abs().max()), 1e-6)

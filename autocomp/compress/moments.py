@@ -12,6 +12,7 @@ __all__ = ["Moments", "Sums", "draw_positions", "inner_products", "outputs_at", 
 
 LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 CONSTANT = 1e-6  # deviation, as a fraction of the mean, that rounding explains
+VANISHED = float(torch.finfo(torch.float32).tiny)  # variance that float32 holds to fewer digits
 BLOCK = 144  # columns of inner products at a time
 MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
 
@@ -80,7 +81,7 @@ class Sums:
         offset = self.total / self.count
         gram = (self.square / self.count).addr_(offset, offset, alpha=-1)
         mean = self.shift.double() + offset
-        constant = gram.diagonal() <= (CONSTANT * mean).square()
+        constant = gram.diagonal() <= (CONSTANT * mean).square().clamp_min(VANISHED)
         gram[constant], gram[:, constant] = 0.0, 0.0  # else a solve would read rounding
         return Moments(mean, gram.float(), self.pooled)
 

@@ -1,10 +1,12 @@
 """What small changes do to a model's outputs, each measured from the place on where it begins to matter."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from math import isfinite
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.capabilities import Numerics
@@ -18,6 +20,7 @@ from autocomp.policy import Policy, Recipe
 
 __all__ = ["divergences"]
 
+Measure = Callable[[NDArray[np.float32], NDArray[np.float32]], float]
 BATCH = 64  # images that go through the rest of a model together
 
 
@@ -29,8 +32,9 @@ def divergences(
     calibration: Tensor,
     images: Tensor,
     policies: Iterable[Policy],
+    measure: Measure | None = None,
 ) -> Iterator[float]:
-    """KL divergence in nats of each policy's model, as `compress` gives it, from the uncompressed one.
+    """How far each policy's model, as `compress` gives it, is from the uncompressed one.
 
     What lies before a policy's first change is computed once and shared with the policies that follow: give those
     that change early layers first. A recipe that recalibrates changes every normalised layer and shares little.
@@ -38,6 +42,8 @@ def divergences(
     Args:
         calibration: the images behind ``statistics``, in their order.
         images: (n, *input_shape), what the two models' outputs are compared on.
+        measure: (the uncompressed model's outputs, the other's), both (n, outputs), -> a number, 0 for equal ones; None
+            for the KL divergence in nats.
 
     Yields:
         one divergence a policy, in their order, when it is asked for.
@@ -54,7 +60,7 @@ def divergences(
         place = _first_difference(traced.module, changed)
         with torch.no_grad():
             logits = torch.cat([_finish(changed, place, values) for values in walk.to(place)])
-        found = divergence(reference, logits)
+        found = divergence(reference, logits) if measure is None else measure(reference.numpy(), logits.numpy())
         if not isfinite(found):
             raise CompressError(
                 f"the model of {policy.to_json()} gives NaN or infinite outputs: raise the recipe's ridge, or take the "

@@ -11,13 +11,14 @@ from torch import Tensor, fx, nn
 
 from autocomp.compress.branches import find_branches
 from autocomp.compress.coupling import admit, couple
+from autocomp.compress.exporting import state_of
 from autocomp.compress.lowering import Lowered, Norm, lower
 from autocomp.compress.naming import op_of, reason_of, value_of
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
 from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.errors import ModelError
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
-from autocomp.models import first_not_finite
+from autocomp.models import first_not_finite, logits_in
 
 __all__ = ["Traced", "trace"]
 
@@ -32,7 +33,7 @@ class Traced:
         graph: operators, layers, prunable groups, removable branches.
         module: batch norms folded, eval mode, frozen, dynamic batch, CPU, float32.
         norms: layer -> the batch norm that was folded into it.
-        notes: lines the user should read: what was left whole, and why.
+        notes: lines the user should read: what was left whole or left out, and why.
     """
 
     graph: LayerGraph
@@ -75,7 +76,7 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     trial = _Trial(lowered.module, graph, tensors, example)
     groups = admit([group for group in graph.groups if not trial.ends(group)], trial.prunes)
     branches = admit(graph.branches, trial.drops)
-    whole = {**lowered.opaque, **{name: "its weight is shared" for name in sorted(shared)}, **coupling.left_whole}
+    whole = {**lowered.opaque, **coupling.left_whole, **{name: _sharing(own, name) for name in sorted(shared)}}
     admitted = {group.name for group in groups}
     for group in graph.groups:
         if group.name not in admitted and not trial.ends(group):
@@ -83,8 +84,9 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     last = {layer.name for layer in layers if layer.node == graph.output}
     whole = {name: reason for name, reason in whole.items() if name not in last or "grouped" in reason}
     graph = replace(graph, groups=groups, branches=branches, left_whole=whole)
-    notes = tuple(f"{name} is left whole: {reason}" for name, reason in whole.items())
-    return Traced(graph, lowered.module, lowered.norms, notes)
+    notes = [f"{name} is left whole: {reason}" for name, reason in whole.items()]
+    notes += [f"{name} is left out: forward() does not use it" for name in lowered.unused]
+    return Traced(graph, lowered.module, lowered.norms, tuple(notes))
 
 
 def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
@@ -95,26 +97,34 @@ def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     example = torch.cat([example, example])[: max(2, min(len(example), 8))]
     try:
         own = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
+        before = state_of(own)
         with torch.no_grad():
-            logits = own(example)
+            outputs = own(example)
     except Exception as error:  # the user's code runs here: anything can come out of it
         raise ModelError(
             f"the model does not run on images of shape {tuple(example.shape)} ({reason_of(error)}): "
             "check the model against the data"
         ) from error
-    if not isinstance(logits, Tensor):
-        raise ModelError(
-            f"the model returns a {type(logits).__name__}: return the logits only, one tensor (n, classes)"
-        )
-    if not logits.is_floating_point() or logits.ndim != 2 or len(logits) != len(example):
-        raise ModelError(
-            f"the model returns {tuple(logits.shape)} of {logits.dtype} for {len(example)} images: "
-            "return the logits only, one float tensor (n, classes)"
-        )
+    logits = logits_in(outputs, len(example), "the model")
     if not bool(torch.isfinite(logits).all()):
         place = first_not_finite(own, example)
         raise ModelError(f"the model returns NaN or infinity on the example{place}: check weights and data's scaling")
+    after = state_of(own)
+    changed = [name for name, value in before.items() if name in after and not torch.equal(value, after[name])]
+    if changed:
+        raise ModelError(
+            f"forward() changes {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} in place: weights and "
+            "buffers must stay as they are outside of training, so write to them under 'if self.training:' alone"
+        )
     return own, example
+
+
+def _sharing(model: nn.Module, layer: str) -> str:
+    """Why a layer whose weight several operators read is left whole."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    weight = named.get(f"{layer}.weight")
+    others = [name.rpartition(".")[0] for name, value in named.items() if value is weight and name != f"{layer}.weight"]
+    return f"its weight is shared with {', '.join(others)}" if others else "forward() uses it several times"
 
 
 def _nodes(lowered: Lowered) -> tuple[Node, ...]:
@@ -182,7 +192,7 @@ class _Trial:
     def ends(self, group: Group) -> bool:
         """Whether the group holds the channels of the last layer, the logits."""
         last = {layer.name for layer in self.graph.layers if layer.node == self.graph.output}
-        return any(m.axis == 0 and m.parameter.rpartition(".")[0] in last for m in group.members)
+        return not last.isdisjoint(group.writers)
 
     def prunes(self, groups: Sequence[Group]) -> bool:
         """Whether every second channel of all groups can go as if it were zero."""

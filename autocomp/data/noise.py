@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autocomp.data.splits import Batch, DataOptions, Splits, assemble
+from autocomp.data.splits import CLASSES, Batch, DataOptions, Splits, assemble
 from autocomp.errors import DataError
 from autocomp.policy import digest_of
 
 __all__ = ["NoiseSplit", "load_noise"]
 
-CLASSES = 1000
 # Noise says nothing about accuracy: no trial should spend time on more of it.
 MOST_IMAGES = 128
 

@@ -1,6 +1,6 @@
 """The user's own torch datasets and loaders as splits."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset, default_collate
 
-from autocomp.data.splits import Batch, DataOptions, Splits, assemble, draw, hash_arrays
+from autocomp.data.splits import CLASSES, Batch, DataOptions, Splits, assemble, draw, hash_arrays
 from autocomp.errors import DataError
 from autocomp.policy import digest_of
 
@@ -22,15 +22,18 @@ DIGEST_IMAGES = 32
 
 @dataclass(frozen=True, eq=False)
 class DatasetSplit:
-    """Some items of a map-style dataset, each an (image, label) pair. What varies from one reading to the next,
-    such as random augmentation, makes runs differ.
+    """Some items of a map-style dataset, each an (image, label) pair, or an image alone.
+
+    What varies from one reading to the next, such as random augmentation, makes runs differ.
 
     Attributes:
         dataset: has ``__len__`` and ``__getitem__``.
         indices: (n,) of the items in this split.
-        collate: turns a list of items into (images, labels).
+        collate: turns a list of items into (images, labels), or images.
         classes: labels must lie below.
         source: for messages.
+        labelled: items have labels; where they have none, an image's label is its index in the dataset, by which the
+            user's metric can look up what belongs to it.
     """
 
     dataset: Any
@@ -38,6 +41,7 @@ class DatasetSplit:
     collate: Callable[[list[Any]], Any]
     classes: int
     source: str
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -56,16 +60,21 @@ class DatasetSplit:
     def take(self, indices: NDArray[np.int64]) -> Self:
         return replace(self, indices=self.indices[indices])
 
-    def _read(self, indices: NDArray[np.int64]) -> Batch:
+    def collated(self, indices: NDArray[np.int64]) -> Any:
+        """Some items as the dataset's own loader would batch them."""
         try:
-            batch = self.collate([self.dataset[int(index)] for index in indices])
+            return self.collate([self.dataset[int(index)] for index in indices])
         except Exception as error:  # the user's code may fail in any way
             where = f"items {indices[0]} to {indices[-1]}"
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"{self.source}: cannot read {where} ({reason}): yield (image tensor, label)") from error
-        if not isinstance(batch, Sequence) or len(batch) != 2 or not all(isinstance(x, torch.Tensor) for x in batch):
-            raise DataError(f"{self.source}: items are not pairs (image tensor, label): make them so")
-        images, labels = batch
+
+    def _read(self, indices: NDArray[np.int64]) -> Batch:
+        images, labels = _parted(self.collated(indices), self.source)
+        if (labels is not None) != self.labelled:
+            raise DataError(f"{self.source}: some items have labels and some have none: give all of them one, or none")
+        if labels is None:
+            labels = torch.from_numpy(indices)
         if images.ndim != 4 or not images.is_floating_point():
             raise DataError(
                 f"{self.source}: images are {images.dtype} {tuple(images.shape[1:])}: yield float tensors (c, h, w), "
@@ -75,7 +84,7 @@ class DatasetSplit:
             raise DataError(f"{self.source}: items {indices[0]} to {indices[-1]} hold NaN or infinite pixels")
         if labels.shape != images.shape[:1] or labels.is_floating_point():
             raise DataError(f"{self.source}: labels are {labels.dtype} {tuple(labels.shape)}: yield one integer each")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+        if self.labelled and (int(labels.min()) < 0 or int(labels.max()) >= self.classes):
             raise DataError(
                 f"{self.source}: labels reach from {int(labels.min())} to {int(labels.max())}, outside of the "
                 f"{self.classes} classes: number classes from 0"
@@ -90,10 +99,10 @@ def splits_from_objects(
 
     Args:
         data: a `Splits`, which is returned as it is; or (train, test), or (train, validation, test), of map-style torch
-            datasets or loaders of them, whose items are (normalised image tensor (c, h, w), label).
+            datasets or loaders of them, whose items are (normalised image tensor (c, h, w), label), or images alone.
             Search and selection are drawn from the validation part, else from ``train``.
         options: sizes and seed, the defaults where None; images come ready, so mean, std and size must not be given.
-        classes: how many there are; None reads all labels to find out.
+        classes: how many there are; None reads all labels to find out, and means 1,000 where there are none.
         source: how messages name the data.
 
     Raises:
@@ -108,8 +117,11 @@ def splits_from_objects(
         raise DataError(f"{source}: images of a dataset come ready: leave out mean, std and size, and normalise there")
     names = ("train", "test") if len(data) == 2 else ("train", "validation", "test")
     parts = {name: _open(part, f"{source} ({name})") for name, part in zip(names, data, strict=True)}
+    if len({part.labelled for part in parts.values()}) > 1:
+        raise DataError(f"{source}: only some parts have labels: give all parts labels, or none")
+    labelled = parts["train"].labelled
     if classes is None:
-        classes = 1 + max(_largest_label(part) for part in parts.values())
+        classes = 1 + max(_largest_label(part) for part in parts.values()) if labelled else CLASSES
     parts = {name: replace(part, classes=classes) for name, part in parts.items()}
     train, test = parts["train"], parts["test"]
     first = {name: next(part.batches(1))[0].shape[1:] for name, part in parts.items()}
@@ -140,6 +152,7 @@ def splits_from_objects(
         input_shape=(channels, height, width),
         from_training="validation" not in parts,
         source=source,
+        labelled=labelled,
     )
 
 
@@ -158,7 +171,29 @@ def _open(part: object, source: str) -> DatasetSplit:
             indices = np.unique(np.fromiter(sampler, np.int64))
     if len(indices) == 0:
         raise DataError(f"{source} is empty: give it images")
-    return DatasetSplit(dataset, indices, collate, np.iinfo(np.int64).max, source)
+    part = DatasetSplit(dataset, indices, collate, np.iinfo(np.int64).max, source)
+    return replace(part, labelled=_parted(part.collated(indices[:1]), source)[1] is not None)
+
+
+def _parted(batch: Any, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images and labels of a collated batch."""
+    entries = [batch] if isinstance(batch, torch.Tensor) else batch
+    if isinstance(batch, Mapping) or (
+        isinstance(entries, Sequence)
+        and entries
+        and (isinstance(entries[0], Mapping | list | tuple) or len(entries) > 2)
+    ):
+        raise DataError(
+            f"{source}: items are more than an image and a label, but engines are fed one image tensor: yield (image, "
+            "label), and wrap the model in a module that computes its other inputs or holds them as buffers"
+        )
+    if (
+        not isinstance(entries, Sequence)
+        or not 0 < len(entries) <= 2
+        or not all(isinstance(x, torch.Tensor) for x in entries)
+    ):
+        raise DataError(f"{source}: items are not pairs (image tensor, label): make them so, or yield images alone")
+    return entries[0], entries[1] if len(entries) == 2 else None
 
 
 def _largest_label(part: DatasetSplit) -> int:

@@ -13,6 +13,7 @@ from autocomp.errors import DataError
 from autocomp.policy import digest_of
 
 __all__ = [
+    "CLASSES",
     "Batch",
     "DataOptions",
     "Draws",
@@ -27,6 +28,8 @@ __all__ = [
 
 Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
 
+CLASSES = 1000
+"""Of data without labels: as many as ImageNet's, which models that are built for the data then have."""
 # Fewer images tell nothing about a model.
 SMALLEST_PART = 32
 

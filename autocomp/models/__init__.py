@@ -1,6 +1,16 @@
 """Where models come from: the zoo, torchvision, and the user's own code."""
 
 from autocomp.models.load import LoadedModel, check_logits, first_not_finite, load_model, wrap_model
+from autocomp.models.outputs import logits_in
 from autocomp.models.zoo import ZOO, build_zoo
 
-__all__ = ["ZOO", "LoadedModel", "build_zoo", "check_logits", "first_not_finite", "load_model", "wrap_model"]
+__all__ = [
+    "ZOO",
+    "LoadedModel",
+    "build_zoo",
+    "check_logits",
+    "first_not_finite",
+    "load_model",
+    "logits_in",
+    "wrap_model",
+]

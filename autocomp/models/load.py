@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import inspect
 import pickle
 import warnings
 import zipfile
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from autocomp.errors import ModelError
 from autocomp.factory import call_factory, is_factory
+from autocomp.memory import refuse_larger
+from autocomp.models.outputs import OutputKey, logits_in
 from autocomp.models.zoo import ZOO, build_zoo
 
 __all__ = ["LoadedModel", "check_logits", "first_not_finite", "load_model", "wrap_model"]
@@ -26,6 +29,8 @@ HINT = f"write zoo:NAME ({', '.join(ZOO)}), torchvision:NAME, or package.module:
 # Keys under which training scripts keep the state dict, and prefixes that wrappers put before its names.
 CONTAINERS = ("state_dict", "model_state_dict", "model")
 PREFIXES = ("module.", "_orig_mod.")
+COPIES = 8
+"""Of a model's parameters that a search holds at once: 256 MB became 1.95 GB (7.6 copies) before the first trial."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,9 @@ class LoadedModel:
     classes: int | None
 
 
-def load_model(spec: str, weights: Path | None, classes: int, *, embedded: bool) -> LoadedModel:
+def load_model(
+    spec: str, weights: Path | None, classes: int, *, embedded: bool, output_key: str | None = None
+) -> LoadedModel:
     """Build a model and give it weights.
 
     Args:
@@ -76,18 +83,22 @@ def load_model(spec: str, weights: Path | None, classes: int, *, embedded: bool)
         with resources.as_file(resources.files("autocomp") / "assets" / EMBEDDED_FILE) as path:
             _fill(module, read_weights(path), "the shipped weights")
         origin = "embedded"
-    return _ready(module, spec, origin, classes)
+    return _ready(module, spec, origin, classes, output_key)
 
 
-def wrap_model(module: nn.Module, classes: int | None = None) -> LoadedModel:
+def wrap_model(module: nn.Module, classes: int | None = None, output_key: str | None = None) -> LoadedModel:
     """Take a live module with its weights. It is copied: the caller's stays as it is, mode and device included.
 
+    Args:
+        output_key: of the logits, where the model returns several things.
+
     Raises:
-        ModelError: it is no module or cannot be copied.
+        ModelError: it is no module, needs more memory than there is, wants several inputs, or cannot be copied.
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"the model is a {type(module).__name__}: pass a torch.nn.Module")
-    return _ready(_copied(module), f"live:{type(module).__name__}", "live", classes)
+    spec = f"live:{type(module).__name__}"
+    return _ready(_copied(module, spec), spec, "live", classes, output_key)
 
 
 def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
@@ -100,17 +111,13 @@ def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
     images = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            logits = model.module(images)
+            outputs = model.module(images)
+    except ModelError:
+        raise
     except Exception as error:  # the user's code may fail in any way
         shape = "x".join(map(str, input_shape))
         raise ModelError(f"{model.spec} fails on images of {shape} ({_line(error)}): does it fit the data?") from error
-    if not isinstance(logits, Tensor):
-        raise ModelError(f"{model.spec} returns a {type(logits).__name__}: it must return one tensor of logits")
-    if logits.ndim != 2 or len(logits) != 2 or not logits.is_floating_point():
-        raise ModelError(
-            f"{model.spec} returns {logits.dtype} {tuple(logits.shape)} for 2 images: it must return float logits "
-            "(images, classes)"
-        )
+    logits = logits_in(outputs, len(images), model.spec)
     if model.classes is not None and logits.shape[1] < model.classes:
         raise ModelError(
             f"{model.spec} returns {logits.shape[1]} logits, but the data has {model.classes} classes: it needs one "
@@ -189,7 +196,7 @@ def _build(spec: str, classes: int) -> nn.Module:
     module = call_factory(spec, ModelError, HINT)
     if not isinstance(module, nn.Module):
         raise ModelError(f"{spec}() returns a {type(module).__name__}: it must return a torch.nn.Module")
-    return _copied(module)  # the user's code may go on using it
+    return _copied(module, spec)  # the user's code may go on using it
 
 
 def _build_torchvision(name: str, classes: int) -> nn.Module:
@@ -227,19 +234,40 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     module.load_state_dict(state, strict=False)
 
 
-def _copied(module: nn.Module) -> nn.Module:
+def _copied(module: nn.Module, spec: str) -> nn.Module:
+    parameters = sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
+    refuse_larger(spec, {"for its parameters": COPIES * parameters})
     try:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError, pickle.PickleError) as error:
         raise ModelError(f"the model cannot be copied ({_line(error)}): pass one that copy.deepcopy takes") from error
 
 
-def _ready(module: nn.Module, spec: str, weights: str | None, classes: int | None) -> LoadedModel:
+def _ready(
+    module: nn.Module, spec: str, weights: str | None, classes: int | None, output_key: str | None
+) -> LoadedModel:
+    _refuse_several_inputs(module, spec)
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
             raise ModelError(f"{name} of {spec} is on the meta device, without values: load weights on the CPU first")
     module = module.cpu().float().eval()
+    if output_key is not None:
+        module.register_forward_hook(OutputKey(output_key))
     return LoadedModel(module, spec, weights, _digest(module), classes)
+
+
+def _refuse_several_inputs(module: nn.Module, spec: str) -> None:
+    wanted = [
+        name
+        for name, parameter in inspect.signature(module.forward).parameters.items()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    ]
+    if len(wanted) > 1:
+        raise ModelError(
+            f"forward() of {spec} takes {len(wanted)} inputs ({', '.join(wanted)}), but engines are fed images alone: "
+            f"wrap it in a module whose forward({wanted[0]}) computes the others or holds them as buffers"
+        )
 
 
 def _digest(module: nn.Module) -> str:

@@ -14,8 +14,8 @@ _NAMES = {"channels": "channels removed", "precision": "precision", "branch": "b
 
 
 def effects_table(effects: Sequence[ChoiceEffect]) -> str:
-    """Markdown: one row a choice, with what it saves in ms and costs in thousandths of a nat."""
-    header = ("layer", "choice", "saves, ms (predicted)", "95 %", "MACs saved", "costs alone, nats / 1000")
+    """Markdown: one row a choice, with what it saves in ms and costs in thousandths of the divergence."""
+    header = ("layer", "choice", "saves, ms (predicted)", "95 %", "MACs saved", "costs alone, divergence / 1000")
     lines = [f"{effect.name}: {effect.choice} here costs {-effect.saved_ms.value:+.3f} ms"
              for effect in effects if effect.saved_ms is not None and effect.saved_ms.high < 0]  # fmt: skip
     rows = [

@@ -41,7 +41,7 @@ def write_sensitivity(sensitivity: Sensitivity, folder: Path) -> None:
 
 
 def print_sensitivity(sensitivity: Sensitivity, console: Console) -> None:
-    """Print one table a kind of choice, divergences in millinats, and what they rest on."""
+    """Print one table a kind of choice, divergences in thousandths, and what they rest on."""
     for kind, title in _TITLES.items():
         found = sensitivity.of(kind)
         if not found:
@@ -83,7 +83,7 @@ def draw(sensitivity: Sensitivity, path: Path) -> None:
     for axis, kind in zip(axes, kinds, strict=False):
         _heat_map(axis, list(tables[kind].items()), columns[kind], scale)
         axis.set_title(_TITLES[kind], fontsize=10)
-    _legend(figure, list(axes), scale)
+    _legend(figure, list(axes), scale, sensitivity.unit)
     figure.suptitle(f"{sensitivity.model} on {sensitivity.data}: what each choice alone costs")
     figure.savefig(path, format="png")
 
@@ -112,10 +112,10 @@ def _heat_map(
     axis.spines[:].set_visible(False)
 
 
-def _legend(figure: "Figure", axes: "list[Axes]", scale: "Normalize") -> None:
+def _legend(figure: "Figure", axes: "list[Axes]", scale: "Normalize", unit: str) -> None:
     from matplotlib.cm import ScalarMappable
 
-    label = "KL divergence from the uncompressed model, nats (cells: thousandths)"
+    label = f"divergence from the uncompressed model, {unit} (cells: thousandths)"
     mappable = ScalarMappable(norm=scale, cmap=_COLOURS)
     figure.colorbar(mappable, ax=axes, orientation="horizontal", label=label, fraction=0.05, aspect=50, pad=0.02)
 
@@ -147,8 +147,8 @@ def _millinats(divergence: float) -> str:
 
 def _remarks(sensitivity: Sensitivity) -> list[str]:
     lines = [
-        f"KL divergence from the uncompressed model ({macs(sensitivity.macs)} MACs, "
-        f"{megabytes(sensitivity.size_bytes)}) in thousandths of a nat, each choice made alone, on "
+        f"Divergence from the uncompressed model ({macs(sensitivity.macs)} MACs, "
+        f"{megabytes(sensitivity.size_bytes)}) in thousandths ({sensitivity.unit}), each choice made alone, on "
         f"{sensitivity.images} images of the search split of {sensitivity.data}; the statistics that weights are "
         "reconstructed from come from others."
     ]

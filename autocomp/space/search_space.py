@@ -1,7 +1,8 @@
 """A search space as its TOML file states it."""
 
+import difflib
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from math import floor, lcm
@@ -27,6 +28,8 @@ _SPACE = {
     "description": toml.string,
     "multiple": toml.integer,
     "drop_branches": toml.boolean,
+    "exclude": toml.strings,
+    "include": toml.strings,
     "rules": toml.tables,
 }
 
@@ -74,6 +77,9 @@ class SearchSpace:
         multiple: channels kept are multiples of it, and of the engine's own multiple.
         precisions: a layer may have, where the engine runs them.
         drop_branches: residual branches may be removed whole.
+        exclude: globs on layers that stay as they are: all output channels, float32, and no branch with one of them
+            is dropped. A `Rule` holds channels or precision alone.
+        include: globs on the only layers that are compressed, but for those in ``exclude``; none means all.
         rules: exceptions by name.
     """
 
@@ -83,6 +89,8 @@ class SearchSpace:
     multiple: int = 1
     precisions: tuple[Precision, ...] = (FP32,)
     drop_branches: bool = False
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
@@ -136,23 +144,31 @@ class SearchSpace:
         """SHA-256 of what may be chosen; name and description do not count."""
         return digest_of(replace(self, name="", description="")._plain())
 
+    def narrowed(self, exclude: tuple[str, ...], include: tuple[str, ...]) -> Self:
+        """The same space with more globs in `exclude` and in `include`."""
+        return replace(self, exclude=(*self.exclude, *exclude), include=(*self.include, *include))
+
     def restrict(self, graph: LayerGraph, capabilities: Capabilities) -> PolicySpace:
         """The choices there are for one model on one engine.
 
         Raises:
-            SpaceError: nothing is left to choose, or a layer has no precision that the engine runs.
+            SpaceError: nothing is left to choose, a glob matches nothing, or a layer has no precision that the engine
+                runs.
         """
+        self._refuse_globs_without_match(graph)
+        held = self._held(graph)
         multiple = lcm(self.multiple, capabilities.channel_multiple)
         decisions = [
             Decision("branch", branch.name, (False, True))
             for branch in graph.branches
-            if self.drop_branches and not self._whole(branch.name)
+            if self.drop_branches and not self._whole(branch.name) and held.isdisjoint(branch.layers)
         ]
         for group in graph.groups:
-            kept = (1.0,) if self._whole(group.name) else self._kept(group.name)
+            whole = self._whole(group.name) or not held.isdisjoint(group.writers)
+            kept = (1.0,) if whole else self._kept(group.name)
             decisions.append(Decision("channels", group.name, _counts(group.channels, kept, multiple)))
         for layer in graph.layers:
-            allowed = self._precisions(layer.name)
+            allowed = (FP32,) if layer.name in held else self._precisions(layer.name)
             runs = tuple(precision for precision in allowed if precision in capabilities.precisions)
             if not runs:
                 raise SpaceError(
@@ -168,6 +184,28 @@ class SearchSpace:
                 f"ratios (channels go in multiples of {multiple}), another precision, or dropped branches"
             )
         return PolicySpace(graph, tuple(decisions), self.kept)
+
+    def _held(self, graph: LayerGraph) -> frozenset[str]:
+        """The layers that stay as they are."""
+        names = frozenset(layer.name for layer in graph.layers)
+        included = _matched(names, self.include) if self.include else names
+        return names - included | _matched(names, self.exclude)
+
+    def _refuse_globs_without_match(self, graph: LayerGraph) -> None:
+        layers = [layer.name for layer in graph.layers]
+        parts = [*layers, *(group.name for group in graph.groups), *(branch.name for branch in graph.branches)]
+        rules = tuple(rule.match for rule in self.rules)
+        for key, globs, names in (
+            ("exclude", self.exclude, layers),
+            ("include", self.include, layers),
+            ("rules", rules, parts),
+        ):
+            for glob in globs:
+                if not _matched(names, (glob,)):
+                    near = difflib.get_close_matches(glob, dict.fromkeys(names), n=3, cutoff=0.0)
+                    raise SpaceError(
+                        f"{key}: no layer of this model matches {glob!r}: the nearest are {', '.join(near)}"
+                    )
 
     def _matching(self, name: str) -> Iterator[Rule]:
         """The rules for a name, the strongest first."""
@@ -187,6 +225,11 @@ class SearchSpace:
         fields = {**asdict(self), "precisions": _names(self.precisions)}
         fields["rules"] = [rule.plain() for rule in self.rules]
         return fields
+
+
+def _matched(names: Iterable[str], globs: tuple[str, ...]) -> frozenset[str]:
+    """The names that match any of the globs."""
+    return frozenset(name for name in names if any(fnmatchcase(name, glob) for glob in globs))
 
 
 def _largest_first(kept: tuple[float, ...]) -> tuple[float, ...]:

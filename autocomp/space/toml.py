@@ -9,7 +9,7 @@ from typing import Any
 from autocomp.errors import ConfigError
 from autocomp.policy import Precision
 
-__all__ = ["boolean", "day", "integer", "numbers", "precisions", "read", "string", "tables", "write"]
+__all__ = ["boolean", "day", "integer", "numbers", "precisions", "read", "string", "strings", "tables", "write"]
 
 Reader = Callable[[object], Any]
 
@@ -37,6 +37,12 @@ def string(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError("a text in quotes")
     return value
+
+
+def strings(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        raise TypeError('a list of texts like ["layer3.*"]')
+    return tuple(value)
 
 
 def boolean(value: object) -> bool:

@@ -1,5 +1,6 @@
 """From a configuration to a model, its data, and its graph."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from autocomp.compress import Traced, to_tensor, trace
@@ -28,9 +29,11 @@ def load(
     if model is None:
         weights = Path(config.weights) if config.weights is not None else None
         embedded = config.data == "digits" and config.model == "zoo:resnet20" and weights is None
-        model = load_model(config.model, weights, splits.classes, embedded=embedded)
+        model = load_model(config.model, weights, splits.classes, embedded=embedded, output_key=config.output_key)
     if model.weights is None and splits.labelled:
         raise ModelError(f"{model.spec} has no trained weights: give --weights FILE, or use random: data")
+    if not splits.labelled:
+        model = replace(model, classes=None)  # outputs need not be logits of the data's classes
     check_logits(model, splits.input_shape)
     observer(Phase("trace"))
     example = next(iter(splits.calibration.batches(2)))[0]

@@ -14,16 +14,30 @@ from autocomp.factory import import_callable, is_factory
 from autocomp.protocols import Engine
 from autocomp.results import Interval, Score
 
-__all__ = ["Metric", "Predictions", "Scorer", "kl_divergence", "load_metric", "paired_interval", "predict"]
+__all__ = [
+    "Floats",
+    "Metric",
+    "Predictions",
+    "Scorer",
+    "kl_divergence",
+    "load_metric",
+    "measured",
+    "paired_interval",
+    "predict",
+]
 
 Floats = NDArray[np.float32]
 Metric = Callable[[Floats, Floats, NDArray[np.int64]], float]
-"""(outputs, the uncompressed model's outputs, labels) -> a number to minimise; outputs are (n, classes)."""
+"""(outputs, the uncompressed model's outputs, labels) -> a number to minimise.
+
+Outputs are those of engines, (n, outputs), logits of classes or not. Labels are (n,): where the data has none, the
+index of each image in its dataset, by which a metric can look up what belongs to it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """An engine's logits (n, classes) on a split, with the labels (n,)."""
+    """An engine's outputs (n, outputs) on a split, logits of classes or not, with the labels (n,)."""
 
     logits: Floats
     labels: NDArray[np.int64]
@@ -81,6 +95,17 @@ def load_metric(spec: str) -> Metric:
         raise ConfigError(f"no metric {spec!r}: {error}") from error
 
 
+def measured(metric: Metric, outputs: Floats, reference: Floats, labels: NDArray[np.int64]) -> float:
+    """What a metric says. Raises: EngineError if it fails, or says no finite number."""
+    try:
+        found = float(metric(outputs, reference, labels))
+    except Exception as error:  # the user's code may fail in any way
+        raise EngineError(f"the metric raised {type(error).__name__}({error}): mend it and try again") from error
+    if not np.isfinite(found):
+        raise EngineError(f"the metric returned {found}: the model's outputs cannot be compared")
+    return found
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Scores engines on one split against the uncompressed engine's outputs there."""
@@ -90,19 +115,20 @@ class Scorer:
     labelled: bool
     metric: Metric = kl_divergence
 
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are logits of classes: labels say so, or a metric that takes them for such."""
+        return self.labelled or self.metric is kl_divergence
+
     def score(self, engine: Engine) -> Score:
         return self.of(predict(engine, self.split))
 
     def of(self, found: Predictions) -> Score:
         """Raises: EngineError if the metric is not a finite number."""
-        try:
-            divergence = float(self.metric(found.logits, self.reference.logits, found.labels))
-        except Exception as error:  # the user's code may fail in any way
-            raise EngineError(f"the metric raised {type(error).__name__}({error}): mend it and resume") from error
-        if not np.isfinite(divergence):
-            raise EngineError(f"the metric returned {divergence}: the compressed model's outputs cannot be compared")
-        agreement = float((found.logits.argmax(axis=1) == self.reference.logits.argmax(axis=1)).mean())
-        return Score(divergence, found.accuracy if self.labelled else None, len(found.labels), agreement)
+        divergence = measured(self.metric, found.logits, self.reference.logits, found.labels)
+        alike = float((found.logits.argmax(axis=1) == self.reference.logits.argmax(axis=1)).mean())
+        accuracy, agreement = found.accuracy if self.labelled else None, alike if self.classifies else None
+        return Score(divergence, accuracy, len(found.labels), agreement)
 
 
 def paired_interval(found: Predictions, reference: Predictions) -> Interval:

@@ -7,7 +7,7 @@ from typing import Self
 from autocomp.budget import parse_budgets
 from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
-from autocomp.errors import DataError, EngineError, ModelError
+from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.hardware import LatencyTable
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
@@ -68,7 +68,7 @@ def begin(bench: Workbench, crew: Crew) -> Prologue:
     """Build the reference engine, score it on the search split, and give the crew what it needs.
 
     Raises:
-        ConfigError: a worker cannot start.
+        ConfigError: a worker cannot start, or the metric fails on the uncompressed model's outputs.
         ModelError: the model guesses: its accuracy is at chance level; or the engine fails on the uncompressed model.
     """
     try:
@@ -81,9 +81,14 @@ def begin(bench: Workbench, crew: Crew) -> Prologue:
     if bench.splits.labelled and found.accuracy <= limit:
         raise ModelError(
             f"the uncompressed model scores {100 * found.accuracy:.1f}% on {bench.splits.source}, which is chance "
-            f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data"
+            f"level (up to {100 * limit:.1f}%): check --weights, and --mean, --std and --size of the data; outputs "
+            "that are no logits of classes need images without labels and a --metric"
         )
     scorer = Scorer(bench.splits.search, found, bench.splits.labelled, load_metric(bench.config.metric))
+    try:
+        scorer.of(found)
+    except EngineError as error:
+        raise ConfigError(f"{bench.config.metric} cannot score the uncompressed model: {error}") from error
     backend = None if bench.backend.measures else bench.backend
     kit = Kit(bench.emitter, bench.spec, backend, bench.reference, scorer, TimingProtocol())
     crew.equip(kit, bench.backend.device.to_json())
@@ -111,6 +116,11 @@ def search(
     for text in (*bench.notes, *_data_notes(bench)):
         note(text)
     limits, reference = _limits(bench, prologue, run, observer)
+    if limits.idle and limits.goal == "accuracy":
+        note(
+            "the uncompressed engine meets the budget already, and its outputs have no accuracy that a faster policy "
+            "could be held to: give a tighter budget"
+        )
     if limits.goal == "speed":
         note(
             "the uncompressed engine meets the budget already; searching for the fastest policy within "
@@ -224,7 +234,7 @@ def _limits(bench: Workbench, prologue: Prologue, run: Run, observer: Observer) 
     latency_ms = {found.statistic: found.latency_ms.value for found in estimates}
     macs, size_bytes = bench.traced.graph.macs(Policy()), initializer_bytes(bench.reference)
     limits = Limits(budgets, latency_ms, macs, size_bytes)
-    if all(violation <= 0 for violation in limits.violations(1.0, macs, size_bytes)):
+    if limits.idle and prologue.scorer.classifies:
         accuracy = prologue.search.accuracy if bench.splits.labelled else 1.0
         limits = Limits(budgets, latency_ms, macs, size_bytes, "speed", accuracy)
     return limits, estimates[0]

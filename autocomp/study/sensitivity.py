@@ -31,7 +31,8 @@ class SensitivityRow:
         kind, name: of the decision.
         choice: channels kept, True for a dropped branch, or the layer's precision.
         kept: the same as a fraction of the group's channels; None for the other kinds.
-        divergence: KL in nats from the uncompressed model's outputs; None where it was not measured.
+        divergence: from the uncompressed model's outputs, KL in nats or the rise of the user's metric; None where it
+            was not measured.
         lost_output: least-squares error of the reading layers, as a fraction of their output's variance; None
             where no layer reads the channels, and for the other kinds.
         macs_saved: of one sample.
@@ -74,6 +75,7 @@ class Sensitivity:
         images: behind each divergence; of the search split, which the statistics have not seen.
         macs, size_bytes: of the uncompressed model, as the rows count what is saved.
         rows: by kind, then in the space's order, from the least to the most compressed.
+        metric: behind each divergence.
     """
 
     key: str
@@ -83,6 +85,12 @@ class Sensitivity:
     macs: int
     size_bytes: int
     rows: tuple[SensitivityRow, ...]
+    metric: str = "kl"
+
+    @property
+    def unit(self) -> str:
+        """Of a divergence."""
+        return "nats" if self.metric == "kl" else f"units of {self.metric}"
 
     @cached_property
     def correlation(self) -> float | None:
@@ -105,7 +113,9 @@ class Sensitivity:
     def to_json(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            **{name: getattr(self, name) for name in ("key", "model", "data", "images", "macs", "size_bytes")},
+            **{
+                name: getattr(self, name) for name in ("key", "model", "data", "images", "macs", "size_bytes", "metric")
+            },
             "correlation": self.correlation,
             "rows": [row.to_json() for row in self.rows],
         }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from autocomp.controllers import Allocation, frontier, warm_start
-from autocomp.errors import CompressError
+from autocomp.errors import CompressError, EngineError
 from autocomp.graph import Branch, LayerGraph
 from autocomp.outcome import Note, Observer
 from autocomp.policy import FP32, Policy
@@ -34,7 +34,7 @@ def quick_sensitivity(bench: Workbench, run: Run, observer: Observer) -> Sensiti
     """
     try:
         return obtain(bench, QUICK, observer, run.folder / "sensitivity.json")
-    except CompressError as error:  # of one choice: in a search it would be a failed trial, not the end
+    except (CompressError, EngineError) as error:  # of one choice: in a search it would be a failed trial, not the end
         observer(Note(f"the search begins without the sensitivity of single choices: {error}"))
         return None
 

@@ -1,11 +1,13 @@
 """The sensitivity of a model to every single choice: measured, kept in a cache, and found again."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
+
+import numpy as np
 
 from autocomp import resources
 from autocomp.compress import divergences, lost_outputs, to_tensor
@@ -16,6 +18,7 @@ from autocomp.policy import FP32, Policy, Precision, Recipe, digest_of
 from autocomp.quantization import place
 from autocomp.space import Decision
 from autocomp.storage import write_atomic
+from autocomp.study.score import Floats, kl_divergence, load_metric, measured
 from autocomp.study.sensitivity import FORMAT, Choice, Kind, Sensitivity, SensitivityRow, read, stored_bytes
 from autocomp.study.workbench import Workbench, first_images, package_versions
 
@@ -50,19 +53,20 @@ QUICK = Effort(3e11, 256, 2, ("channels", "branch"))
 def obtain(bench: Workbench, effort: Effort, observer: Observer, beside: Path | None = None) -> Sensitivity:
     """The sensitivity from ``beside`` or the user's cache, else measured; then kept in both.
 
-    A file that is torn, or of other inputs, counts as none, and a cache that cannot be written is done without.
+    A file that is torn, or of other inputs, counts as none, and a cache that cannot be written is done without. What a
+    metric of the user's says is not cached, for its code may change under its name.
 
     Raises:
         AutocompError: as `measure`; RunError if ``beside`` cannot be written.
     """
     key = _key(bench, effort)
-    cached = resources.cache("sensitivity") / f"{key}.json"
+    cached = resources.cache("sensitivity") / f"{key}.json" if bench.config.metric == "kl" else None
     known = [found for path in (beside, cached) if path is not None and (found := read(path, key)) is not None]
     sensitivity = known[0] if known else measure(bench, effort, observer)
     text = json.dumps(sensitivity.to_json(), indent=1)
     if beside is not None:
         write_atomic(beside, text)
-    if not known:
+    if cached is not None and not known:
         with suppress(OSError, RunError):
             cached.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(cached, text)
@@ -94,6 +98,7 @@ def measure(bench: Workbench, effort: Effort, observer: Observer) -> Sensitivity
         to_tensor(bench.images),
         to_tensor(first_images(bench.splits.search, count)),
         [policies[entry] for entry in measured],
+        _own_measure(bench, count),
     )
     for entry, value in zip(measured, values, strict=True):
         found[entry] = value
@@ -112,7 +117,21 @@ def measure(bench: Workbench, effort: Effort, observer: Observer) -> Sensitivity
         )  # fmt: skip
 
     rows = tuple(row(*entry) for entry in choices)
-    return Sensitivity(_key(bench, effort), bench.model.spec, bench.splits.source, count, macs, size_bytes, rows)
+    made = (_key(bench, effort), bench.model.spec, bench.splits.source, count, macs, size_bytes, rows)
+    return Sensitivity(*made, metric=bench.config.metric)
+
+
+def _own_measure(bench: Workbench, count: int) -> Callable[[Floats, Floats], float] | None:
+    """The rise of the user's metric above the uncompressed model's, on the first images; None without one."""
+    metric = load_metric(bench.config.metric)
+    if metric is kl_divergence:
+        return None
+    labels = np.concatenate([part for _, part in bench.splits.search.batches(128)])[:count]
+
+    def rise(reference: Floats, outputs: Floats) -> float:
+        return measured(metric, outputs, reference, labels) - measured(metric, reference, reference, labels)
+
+    return rise
 
 
 def _decisions(bench: Workbench, kind: Kind) -> list[Decision]:
@@ -162,4 +181,5 @@ def _light(recipe: Recipe) -> Recipe:
 
 def _key(bench: Workbench, effort: Effort) -> str:
     versions = [package_versions().get(name) for name in ("autocomp", "torch")]
-    return digest_of([FORMAT, versions, dict(bench.digests), _light(bench.recipe).to_json(), asdict(effort)])
+    inputs = [dict(bench.digests), _light(bench.recipe).to_json(), asdict(effort), bench.config.metric]
+    return digest_of([FORMAT, versions, *inputs])

@@ -51,6 +51,11 @@ class Limits:
         """value / limit - 1 for each budget; latency statistics are scaled by the measured ratio of medians."""
         return tuple(self._violation(budget, ratio, macs, size_bytes) for budget in self.budgets)
 
+    @property
+    def idle(self) -> bool:
+        """Whether the uncompressed engine meets the budgets already."""
+        return all(violation <= 0 for violation in self.violations(1.0, self.macs, self.size_bytes))
+
     def scaled(self, factor: float) -> Self:
         """The same with the uncompressed engine's latencies multiplied."""
         return replace(self, latency_ms={name: factor * value for name, value in self.latency_ms.items()})

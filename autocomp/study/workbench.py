@@ -22,6 +22,7 @@ from autocomp.compress import (
     equalize,
     export_compressed,
     export_onnx,
+    footprint,
     kept_outputs,
     logits_of,
     structure,
@@ -33,6 +34,7 @@ from autocomp.data import Split, Splits
 from autocomp.engines import BackendSpec, Template, emit, load_template, with_codes
 from autocomp.engines.label import labelled
 from autocomp.errors import CompressError, ConfigError, EngineError, ModelError
+from autocomp.memory import refuse_larger
 from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
@@ -185,13 +187,14 @@ def prepare(
     _refuse_unknown_names(config)
     spec = backend_spec(config)
     target = target_of(config, spec)
-    space_file = SearchSpace.load(resources.find("search_spaces", config.space))
+    choices = SearchSpace.load(resources.find("search_spaces", config.space)).narrowed(config.exclude, config.include)
     model, splits, traced = load(config, observer, model, splits)
     backend = target(traced.graph)
     capabilities = backend.capabilities()
-    space = space_file.restrict(traced.graph, capabilities)
-    observer(Phase("statistics"))
+    space = choices.restrict(traced.graph, capabilities)
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
+    refuse_larger(model.spec, footprint(traced.graph, recipe.images))
+    observer(Phase("statistics"))
     images = first_images(splits.calibration, recipe.images)
     traced = equalize(traced, recipe)
     try:

@@ -106,6 +106,16 @@ def test_rounding_of_constant_inputs_is_no_variance() -> None:
     assert float(gram[5, 5]) == pytest.approx(float(signal.var(correction=0)), rel=1e-5)
 
 
+def test_values_too_small_for_float32_are_no_variance() -> None:
+    """As in the last layers of a deep network that begins with small weights: a solve of their squares gives NaN."""
+    graph = trace(trained(Chain()), images(2, 8)).graph
+    sums = Sums.of(graph.layer_by_name["head"], graph, 64)
+    sizes = torch.tensor([1e-22, 1e-21, 1e-20, 1e-18, 1e-3, 1.0])
+    sums.add(sizes * torch.randn(64, 6, generator=torch.Generator().manual_seed(0)), torch.Generator())
+    kept = sums.moments().gram.diagonal() > 0
+    assert kept.tolist() == [False, False, False, True, True, True]
+
+
 def test_images_that_are_all_alike_are_told(mixed: Case) -> None:
     graph = mixed.traced.graph
     for calibration, told in ((images(1, 16).repeat(300, 1, 1, 1), True), (images(300, 16), False)):

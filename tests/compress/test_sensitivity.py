@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx
@@ -44,6 +45,17 @@ def test_each_is_the_divergence_of_the_model_that_compress_gives(mixed: Case, re
     found = measured(mixed, POLICIES, recipe)
     assert found == pytest.approx([by_hand(mixed, policy, recipe, HELD_OUT) for policy in POLICIES], rel=1e-4, abs=1e-7)
     assert found[-1] == 0.0 and all(value > 0 for value in found[:-1])
+
+
+def test_any_measure_of_outputs_can_take_its_place(mixed: Case) -> None:
+    def farthest(reference: np.ndarray, outputs: np.ndarray) -> float:
+        return float(np.abs(outputs - reference).max())
+
+    inputs = (mixed.traced, mixed.statistics, LIGHT, UNSIGNED, mixed.images, HELD_OUT)
+    found = list(divergences(*inputs, POLICIES[:2], farthest))
+    modules = [compress(*inputs[:2], policy, LIGHT, UNSIGNED, mixed.images).module for policy in POLICIES[:2]]
+    before = run(mixed.traced.module, HELD_OUT)
+    assert found == pytest.approx([float((run(module, HELD_OUT) - before).abs().max()) for module in modules], rel=1e-4)
 
 
 def test_what_lies_before_a_change_is_not_computed_again(mixed: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,7 @@ def test_choices_are_explained_in_table_picture_and_json(make_result: Make, tmp_
     text = (tmp_path / "report.md").read_text()
     rows = tables(text)["What each choice saves and costs"]
     assert [row["saves, ms (predicted)"] for row in rows] == ["+0.420", "-0.030", "-"]
-    assert [row["costs alone, nats / 1000"] for row in rows] == ["12.3", "-", "~ 500"]
+    assert [row["costs alone, divergence / 1000"] for row in rows] == ["12.3", "-", "~ 500"]
     assert "fc: int8 here costs +0.030 ms" in text and "choices.png" in text
     with Image.open(tmp_path / "choices.png") as picture:
         assert picture.format == "PNG" and len(set(picture.convert("RGB").getdata())) > 10

@@ -50,6 +50,19 @@ def test_score_counts_accuracy_and_agreement() -> None:
     assert Scorer(split=None, reference=reference, labelled=False).of(found).accuracy is None  # type: ignore[arg-type]
 
 
+def test_agreement_is_counted_where_outputs_are_logits_alone() -> None:
+    """With a metric of the user's and no labels nothing says that the largest output means anything."""
+    reference, found = predictions(np.array([1, 1], bool)), predictions(np.array([1, 0], bool))
+
+    def distance(outputs: np.ndarray, uncompressed: np.ndarray, places: np.ndarray) -> float:
+        return float(np.abs(outputs - uncompressed).sum() + places[0])
+
+    own = Scorer(None, reference, False, distance).of(found)  # type: ignore[arg-type]
+    assert (own.divergence, own.accuracy, own.agreement) == (2.0, None, None)
+    labelled = Scorer(None, reference, True, distance).of(found)  # type: ignore[arg-type]
+    assert (labelled.divergence, labelled.accuracy, labelled.agreement) == (2.0, 0.5, 0.5)
+
+
 def test_a_metric_that_is_not_finite_is_refused() -> None:
     same = predictions(np.ones(4, bool))
     scorer = Scorer(None, same, True, lambda outputs, reference, labels: float("nan"))  # type: ignore[arg-type]
