@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autocomp.compress.channels import Channels, cut_axis, varying
 from autocomp.compress.naming import op_of
@@ -104,7 +105,7 @@ class _Operand:
 
 
 class _Follower(fx.Interpreter):
-    """Runs a model on an example and keeps labels beside its values."""
+    """Runs a model on an example without values and keeps labels beside their shapes."""
 
     def __init__(self, module: fx.GraphModule, layers: Mapping[str, str], shared: frozenset[str]) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -112,9 +113,11 @@ class _Follower(fx.Interpreter):
         self._channels = self.followed.channels
         self._layers = layers
         self._shared = shared
+        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run_node(self, node: fx.Node) -> Any:
-        value = super().run_node(node)
+        with self._shapes:
+            value = super().run_node(node)
         if node.op == "call_function":
             self.followed.values[node] = self._behind(node, value)
         elif node.op == "output":

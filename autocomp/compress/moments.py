@@ -10,7 +10,7 @@ from autocomp.graph import Layer, LayerGraph
 
 __all__ = ["Moments", "Sums", "draw_positions", "inner_products", "outputs_at", "patches_at", "reading_layers"]
 
-LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
+LIMIT_BYTES = 128 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 CONSTANT = 1e-6  # deviation, as a fraction of the mean, that rounding explains
 BLOCK = 144  # columns of inner products at a time
 MIN_ROWS, ROWS_PER_FEATURE = 16_384, 12  # sampled rows behind one layer's second moments
@@ -21,7 +21,7 @@ class Moments:
     """Mean and centred second moment of what a layer reads, over images and sampled positions.
 
     The features are the layer's unfolded inputs, ordered as its weight's columns (channel, then kernel position);
-    or, where their second moment would exceed 512 MB, its input channels alone, the kernel positions (of a layer
+    or, where their second moment would exceed 128 MB, its input channels alone, the kernel positions (of a layer
     behind a flattened map: the map's positions) pooled as further samples.
 
     Attributes:

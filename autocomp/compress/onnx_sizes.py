@@ -6,10 +6,36 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autocomp.compress.naming import op_of
+from autocomp.compress.naming import op_of, value_of
 from autocomp.compress.sizes import slice, split
+from autocomp.graph import LayerGraph
 
-__all__ = ["write_sizes"]
+__all__ = ["write_products", "write_sizes"]
+
+
+def write_products(module: fx.GraphModule, graph: LayerGraph) -> None:
+    """Put MatMul and Add in place of linear layers over several axes, their weights stored as (in, out). In place.
+
+    An exporter would write a transposed weight as a tensor of another name.
+    """
+    for name in [layer.weight for layer in graph.layers if layer.op == "linear"]:
+        (weight,) = [node for node in module.graph.nodes if node.target == name] or [None]
+        if weight is None or not all(_is_wide(user, weight, graph) for user in weight.users):
+            continue
+        tensor = module.get_parameter(name)
+        tensor.data = tensor.data.T.contiguous()
+        for user in list(weight.users):
+            value, _, bias = user.args
+            with module.graph.inserting_before(user):
+                product = module.graph.call_function(torch.ops.aten.matmul.default, (value, weight))
+                result = module.graph.call_function(torch.ops.aten.add.Tensor, (product, bias))
+            user.replace_all_uses_with(result)
+            module.graph.erase_node(user)
+    module.recompile()
+
+
+def _is_wide(node: fx.Node, weight: fx.Node, graph: LayerGraph) -> bool:
+    return op_of(node) == "linear" and node.args[1] is weight and len(graph.node_by_name[value_of(node)].shape) > 1
 
 
 def write_sizes(module: fx.GraphModule) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autocomp.compress.branches import find_branches
 from autocomp.compress.coupling import admit, couple
@@ -59,8 +61,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         ModelError: the model cannot be copied, run or exported, returns something else than one float tensor
             (n, classes), or has no convolution or linear layer.
     """
-    own, example = _prepared(model, example)
-    lowered = lower(own, example)
+    own, example, logits = _prepared(model, example)
+    lowered = lower(own, example, logits)
     nodes = _nodes(lowered)
     layers, shared = _layers(lowered)
     if not layers:
@@ -87,8 +89,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     return Traced(graph, lowered.module, lowered.norms, notes)
 
 
-def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """The caller's model copied to the CPU in eval mode, and an example of at least two images for it."""
+def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """The caller's model copied to the CPU in eval mode, an example of at least two images, and its logits."""
     if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or len(example) == 0:
         raise ModelError("the example must be a float tensor of images (n, ...) with n at least 1")
     example = example.detach().to("cpu", torch.float32)
@@ -114,7 +116,7 @@ def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     if not bool(torch.isfinite(logits).all()):
         place = first_not_finite(own, example)
         raise ModelError(f"the model returns NaN or infinity on the example{place}: check weights and data's scaling")
-    return own, example
+    return own, example, logits
 
 
 def _nodes(lowered: Lowered) -> tuple[Node, ...]:
@@ -197,13 +199,19 @@ class _Trial:
 
     def drops(self, branches: Sequence[Branch]) -> bool:
         """Whether the model without these branches still gives logits of its shape."""
-        found = self._outputs(self.tensors, branches)
+        found = self._outputs(self.tensors, branches, FakeTensorMode(allow_non_fake_inputs=True))
         return found is not None and found.shape[1:] == self.graph.output_shape
 
-    def _outputs(self, tensors: Mapping[str, Tensor], dropped: Sequence[Branch] = ()) -> Tensor | None:
+    def _outputs(
+        self,
+        tensors: Mapping[str, Tensor],
+        dropped: Sequence[Branch] = (),
+        mode: AbstractContextManager[Any] | None = None,
+    ) -> Tensor | None:
+        module = rebuild(self.module, self.graph, tensors, dropped)
         try:
-            with torch.no_grad():
-                found = rebuild(self.module, self.graph, tensors, dropped)(self.example)
+            with torch.no_grad(), mode or nullcontext():
+                found = module(self.example)
         except (RuntimeError, ValueError, IndexError):  # shapes do not fit: what this trial is there to find out
             return None
         return found if isinstance(found, Tensor) else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -10,7 +11,7 @@ from autocomp.graph import LayerGraph, Node
 from autocomp.policy import INT8, Policy
 from autocomp.quantization import place
 
-__all__ = ["match_values", "simplified"]
+__all__ = ["joined_products", "match_values", "simplified"]
 
 # ATen's operator -> the ONNX operators an exporter may write for it.
 _OPERATORS: Mapping[str, frozenset[str]] = {
@@ -19,6 +20,10 @@ _OPERATORS: Mapping[str, frozenset[str]] = {
     "hardtanh": frozenset({"Clip"}),
     "clamp": frozenset({"Clip"}),
     "add": frozenset({"Add"}),
+    "mul": frozenset({"Mul"}),
+    "sigmoid": frozenset({"Sigmoid"}),
+    "hardsigmoid": frozenset({"HardSigmoid"}),
+    "hardswish": frozenset({"HardSwish"}),
     "cat": frozenset({"Concat"}),
     "slice": frozenset({"Slice"}),
     "pad": frozenset({"Pad"}),
@@ -139,3 +144,39 @@ def simplified(
                 yield helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
                 continue
         yield node
+
+
+def joined_products(
+    graph: LayerGraph, nodes: Iterable[onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]:
+    """Linear layers over several axes as one node each, a Gemm of any rank that is none of ONNX.
+
+    An exporter writes them as a MatMul by the weight (in, out) and an Add of the bias.
+
+    Returns:
+        nodes in topological order, and initializers, such weights as (out, in).
+    """
+    nodes, tensors = list(nodes), dict(initializers)
+    wide = {layer.weight: layer for layer in graph.layers if layer.op == "linear"}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    joined: dict[str, onnx.NodeProto] = {}
+    gone = set()
+    for node in nodes:
+        layer = wide.get(node.input[1]) if node.op_type == "MatMul" else None
+        following = readers.get(node.output[0], [])
+        if layer is None or layer.weight not in tensors or len(readers[layer.weight]) > 1 or len(following) != 1:
+            continue
+        if following[0].op_type != "Add" or layer.bias not in following[0].input or layer.bias not in tensors:
+            continue
+        weight = numpy_helper.to_array(tensors[layer.weight])
+        if weight.shape != layer.weight_shape[::-1]:
+            continue
+        tensors[layer.weight] = numpy_helper.from_array(np.ascontiguousarray(weight.T), layer.weight)
+        inputs, outputs = [node.input[0], layer.weight, layer.bias], following[0].output
+        joined[outputs[0]] = helper.make_node("Gemm", inputs, outputs, name=node.name, transB=1)
+        gone.add(node.output[0])
+    kept = [joined.get(node.output[0], node) for node in nodes if node.output[0] not in gone]
+    return kept, tensors
