@@ -77,7 +77,11 @@ def measure(name: str, trials: int, images: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     size = SIZE.get(name, 224)
     given = {"aux_logits": False, "init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    model = wrap_model(torchvision.models.get_model(name, **given).eval())
+    module = torchvision.models.get_model(name, **given).eval()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear) and not layer.weight.any():  # a head that begins with zeros
+            torch.nn.init.normal_(layer.weight, std=0.02)
+    model = wrap_model(module)
     config = SearchConfig(
         model=f"torchvision:{name}", data=f"random:3x{size}x{size}", budget=(BUDGET,), engine="simulated",
         space="prune", trials=trials, baseline_trials=0, finalists=1,

@@ -113,7 +113,7 @@ def _distinct(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Ten
 
 def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Tensor]) -> bytes:
     """Export, then give the stand-ins their values back. The module is changed."""
-    write_sizes(module)
+    write_sizes(module, graph)
     write_products(module, graph)
     example = torch.zeros(2, *graph.input_shape)
     try:

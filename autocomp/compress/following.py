@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autocomp.compress.channels import Channels, cut_axis, varying
 from autocomp.compress.naming import op_of
@@ -70,7 +69,7 @@ def follow(module: fx.GraphModule, example: Tensor, layers: Mapping[str, str], s
     """
     follower = _Follower(module, layers, shared)
     with torch.no_grad():
-        follower.run(example)
+        follower.run(example.to("meta"))
     _cut(follower.followed)
     return follower.followed
 
@@ -113,11 +112,13 @@ class _Follower(fx.Interpreter):
         self._channels = self.followed.channels
         self._layers = layers
         self._shared = shared
-        self._shapes = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fetch_attr(self, target: str) -> Tensor:
+        tensor: Tensor = super().fetch_attr(target)
+        return tensor.to("meta")
 
     def run_node(self, node: fx.Node) -> Any:
-        with self._shapes:
-            value = super().run_node(node)
+        value = super().run_node(node)
         if node.op == "call_function":
             self.followed.values[node] = self._behind(node, value)
         elif node.op == "output":
@@ -276,8 +277,10 @@ class _Follower(fx.Interpreter):
 
         def labels_of(entry: fx.Node) -> Any:
             value = self.env[entry]
-            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            if not isinstance(value, Tensor):
                 return value
+            if not (value.is_floating_point() or value.is_complex()):
+                return super(_Follower, self).fetch_attr(str(entry.target)) if entry.op == "get_attr" else value
             return self._expanded(self._operand(entry)).contiguous() if viewed else self._expanded(self._operand(entry))
 
         viewed = op_of(node) in ("view", "unflatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.compress.batch_first import batch_first, sample_shape
 from autocomp.compress.naming import op_of, reason_of, value_of
 from autocomp.errors import ModelError
 
@@ -48,7 +49,7 @@ class Lowered:
 
     Attributes:
         module: runs it. A node's name is the name of its value; the last one is called ``logits``.
-        shapes: value -> shape without the batch axis, () for operators that give several tensors.
+        shapes: value -> sizes of one sample's part, () for operators that give several tensors.
         layers: node name -> layer name, for convolutions and linear operators with plain parameters.
         norms: layer name -> the batch norm folded into it.
         opaque: parameter or node name -> why it is no layer.
@@ -107,7 +108,6 @@ class _Rebuild:
     state: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, fx.Node] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)  # of known values that come from the model's own tensors
-    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     layers: dict[fx.Node, str] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
@@ -115,26 +115,32 @@ class _Rebuild:
     def run(self) -> Lowered:
         for node in self.source.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = self._shaped(self.graph.placeholder("x"), node)
+                self.values[node] = self._valued(self.graph.placeholder("x"), node)
             elif node.op == "get_attr":
                 name, tensor = str(node.target), self._attribute(node)
                 self.values[node] = tensor if name in self.own else tensor.clone()
                 if name in self.own:
                     self.names[node] = name
             elif node.op == "output":
-                result = self._mapped(_single(node.args[0]))
-                result._rename("logits")
-                self.graph.output(result)
+                self.graph.output(self._mapped(_single(node.args[0])))
             elif "_assert" not in op_of(node):
                 self.values[node] = self._operator(node)
-        self.graph.eliminate_dead_code()
-        live = {node for node in self.graph.nodes}
-        used = {str(node.target) for node in live if node.op == "get_attr"}
+        source = next(node for node in self.graph.nodes if node.op == "placeholder")
+        batch_first(self.graph, source)
+        self.graph.output_node().args[0]._rename("logits")  # type: ignore[union-attr]
+        batch = source.meta["val"].shape[0]
+        live = [node for node in self.graph.nodes if node.op in ("placeholder", "call_function")]
+        values = [(node, node.meta.pop("val", ())) for node in live]
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         root = {name: _frozen(tensor) for name, tensor in self.state.items() if name in used}
         module = fx.GraphModule(root, self.graph).eval()
         return Lowered(
             module,
-            {value_of(node): shape for node, shape in self.shapes.items() if node in live},
+            {
+                value_of(node): sample_shape(value, batch) if isinstance(value, Tensor) else ()
+                for node, value in values
+                if isinstance(value, Tensor | tuple | list)
+            },
             {node.name: name for node, name in self.layers.items() if node in live},
             self.norms,
             self.opaque,
@@ -275,7 +281,7 @@ class _Rebuild:
             entry is None or _is_known(self.values[entry]) for entry in node.args[1:5]
         ):
             return None
-        plain = op_of(new) in _CONVOLUTIONS or len(self.shapes[new]) == 1
+        plain = op_of(new) in _CONVOLUTIONS or new.meta["val"].ndim == 2
         return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
 
     def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
@@ -321,14 +327,11 @@ class _Rebuild:
         )
 
     def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
-        return self._shaped(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
+        return self._valued(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
 
-    def _shaped(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            self.shapes[new] = tuple(int(size) if isinstance(size, int) else -1 for size in value.shape[1:])
-        elif isinstance(value, tuple | list) or (value is None and node.target is not torch.ops.aten.sym_size.int):
-            self.shapes[new] = ()
+    def _valued(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        if "val" in node.meta:
+            new.meta["val"] = node.meta["val"]
         return new
 
 

@@ -83,6 +83,8 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     outputs: dict[str, Tensor] = {}
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
+        if not isinstance(value, Tensor):
+            return
         ranges.watch(value_of(node), value)
         if value_of(node) in shaped and graph.branches:
             totals[value_of(node)] = totals.get(value_of(node), torch.zeros(())) + channel_means(value) * (

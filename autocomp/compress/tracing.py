@@ -2,14 +2,12 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autocomp.compress.branches import find_branches
 from autocomp.compress.coupling import admit, couple
@@ -151,7 +149,7 @@ def _layers(lowered: Lowered) -> tuple[tuple[Layer, ...], frozenset[str]]:
         weight_shape = tuple(lowered.module.get_parameter(weight.target).shape)
         shape = lowered.shapes[value_of(node)]
         conv = op_of(node) != "linear"
-        positions = prod(shape[1:]) if conv else prod(shape[:-1])
+        positions = prod(shape) // weight_shape[0]
         if name in layers:  # one weight, used again: its work adds up, everything else is that of the first use
             shared.add(name)
             layers[name] = replace(layers[name], positions=layers[name].positions + positions)
@@ -199,19 +197,14 @@ class _Trial:
 
     def drops(self, branches: Sequence[Branch]) -> bool:
         """Whether the model without these branches still gives logits of its shape."""
-        found = self._outputs(self.tensors, branches, FakeTensorMode(allow_non_fake_inputs=True))
+        shapes = replace(self, example=self.example.to("meta"))
+        found = shapes._outputs({name: tensor.to("meta") for name, tensor in self.tensors.items()}, branches)
         return found is not None and found.shape[1:] == self.graph.output_shape
 
-    def _outputs(
-        self,
-        tensors: Mapping[str, Tensor],
-        dropped: Sequence[Branch] = (),
-        mode: AbstractContextManager[Any] | None = None,
-    ) -> Tensor | None:
-        module = rebuild(self.module, self.graph, tensors, dropped)
+    def _outputs(self, tensors: Mapping[str, Tensor], dropped: Sequence[Branch] = ()) -> Tensor | None:
         try:
-            with torch.no_grad(), mode or nullcontext():
-                found = module(self.example)
+            with torch.no_grad():
+                found = rebuild(self.module, self.graph, tensors, dropped)(self.example)
         except (RuntimeError, ValueError, IndexError):  # shapes do not fit: what this trial is there to find out
             return None
         return found if isinstance(found, Tensor) else None

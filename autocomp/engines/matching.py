@@ -1,5 +1,6 @@
 """Find a traced graph's values in the ONNX model it was exported to."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -26,6 +27,17 @@ _OPERATORS: Mapping[str, frozenset[str]] = {
     "hardswish": frozenset({"HardSwish"}),
     "cat": frozenset({"Concat"}),
     "slice": frozenset({"Slice"}),
+    "select": frozenset({"Gather"}),
+    "permute": frozenset({"Transpose"}),
+    "transpose": frozenset({"Transpose"}),
+    "swapaxes": frozenset({"Transpose"}),
+    "unsqueeze": frozenset({"Unsqueeze", "Reshape"}),
+    "squeeze": frozenset({"Squeeze", "Reshape"}),
+    "unflatten": frozenset({"Reshape"}),
+    "gelu": frozenset({"Gelu"}),
+    "layer_norm": frozenset({"LayerNormalization"}),
+    "batch_norm": frozenset({"BatchNormalization"}),
+    "softmax": frozenset({"Softmax"}),
     "pad": frozenset({"Pad"}),
     "max_pool2d": frozenset({"MaxPool"}),
     "avg_pool2d": frozenset({"AveragePool", "GlobalAveragePool"}),
@@ -58,15 +70,18 @@ def match_values(
     values[graph.output] = output
     produced = {value for operator in nodes for value in operator.output}
     for node in graph.nodes:
-        if node.name in values or not node.inputs or any(value not in values for value in node.inputs):
+        inputs = [values[value] for value in node.inputs if value in values]
+        if node.name in values or not inputs:
             continue
-        inputs = [values[value] for value in node.inputs]
         if node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in produced and _keeps_shape(graph, node):
             values[node.name] = inputs[0]  # it does nothing, and the exporter left it out
             continue
         found = _find(node, inputs, readers, initializers)
-        if found is not None and found in produced:
-            values[node.name] = found
+        if found is not None:
+            values[node.name] = found.output[0]
+            missing = [value for value in node.inputs if value not in values]
+            if len(missing) == 1:  # computed by operators that the exporter wrote in another way
+                (values[missing[0]],) = _computed(found, initializers) - Counter(inputs)
     everywhere = Policy(precisions={layer.name: INT8 for layer in graph.layers})
     needed = dict.fromkeys([*place(graph, everywhere).values, *_branch_values(graph)])
     for value in needed:
@@ -116,20 +131,27 @@ def _find(
     inputs: Sequence[str],
     readers: Mapping[str, list[onnx.NodeProto]],
     initializers: Mapping[str, onnx.TensorProto],
-) -> str | None:
-    """The value of the one ONNX operator that fits, the name deciding where several do."""
+) -> onnx.NodeProto | None:
+    """The one ONNX operator that fits, the name deciding where several do.
+
+    Args:
+        inputs: the matched ones of those that the node reads; others were computed from parameters alone.
+    """
     kinds = _OPERATORS.get(node.op)
     if kinds is None:
         return None
-    wanted = sorted(inputs)
-    fitting = [
-        reader.output[0]
-        for reader in readers.get(inputs[0], [])
-        if reader.op_type in kinds and sorted(v for v in reader.input if v and v not in initializers) == wanted
-    ]
-    if node.name in fitting:
-        return node.name
-    return fitting[0] if len(fitting) == 1 else None
+    fitting = []
+    for reader in readers.get(inputs[0], []):
+        computed = _computed(reader, initializers)
+        if reader.op_type in kinds and computed.total() == len(node.inputs) and not Counter(inputs) - computed:
+            fitting.append(reader)
+    named = [reader for reader in fitting if reader.output[0] == node.name]
+    return named[0] if named else fitting[0] if len(fitting) == 1 else None
+
+
+def _computed(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> Counter[str]:
+    """What a node reads beside initializers."""
+    return Counter(value for value in node.input if value and value not in initializers)
 
 
 def simplified(

@@ -309,7 +309,7 @@ class _Writer:
         self._store(names[1], np.full(channels, params.zero_point, self._codes_type))
         node.input[0] = f"{layer.weight}_input_dq"
         inputs = [f"{value}_q", *names]
-        axis = 1 if layer.op == "conv" else len(self._template.graph.node_by_name[layer.node].shape)
+        axis = 1 if layer.op == "conv" else -1
         yield helper.make_node("DequantizeLinear", inputs, [node.input[0]], name=node.input[0], axis=axis)
 
     def _writes_codes(self, layer: Layer) -> bool:
