@@ -99,14 +99,12 @@ def _distinct(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Ten
     seen: set[bytes] = set()
     result = {}
     weights = {layer.weight for layer in graph.layers}
-    own = [layer.bias for layer in graph.layers] + [m.parameter for group in graph.groups for m in group.members]
-    for index, name in enumerate(dict.fromkeys(own)):
-        if name not in tensors or name in weights or tensors[name].numel() > MERGED:
+    for index, (name, tensor) in enumerate(tensors.items()):
+        if name in weights or tensor.numel() > MERGED or not tensor.is_floating_point():
             continue
-        content = tensors[name].numpy().tobytes()
-        if content in seen or not tensors[name].any():
-            count = tensors[name].numel()
-            result[name] = (torch.arange(1.0, count + 1) / 1024 + index + 1).reshape(tensors[name].shape)
+        content = tensor.numpy().tobytes()
+        if content in seen or not tensor.any():
+            result[name] = (torch.arange(1.0, tensor.numel() + 1) / 1024 + index + 1).reshape(tensor.shape)
         seen.add(content)
     return result
 

@@ -68,20 +68,23 @@ def match_values(
             readers.setdefault(value, []).append(operator)
     values = _anchors(graph, readers, initializers)
     values[graph.output] = output
-    produced = {value for operator in nodes for value in operator.output}
+    writers = {value: operator for operator in nodes for value in operator.output}
     for node in graph.nodes:
         inputs = [values[value] for value in node.inputs if value in values]
-        if node.name in values or not inputs:
+        if not inputs:
             continue
-        if node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in produced and _keeps_shape(graph, node):
+        moves = node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in writers
+        if node.name not in values and moves and _keeps_shape(graph, node):
             values[node.name] = inputs[0]  # it does nothing, and the exporter left it out
             continue
-        found = _find(node, inputs, readers, initializers)
-        if found is not None:
-            values[node.name] = found.output[0]
-            missing = [value for value in node.inputs if value not in values]
-            if len(missing) == 1:  # computed by operators that the exporter wrote in another way
-                (values[missing[0]],) = _computed(found, initializers) - Counter(inputs)
+        known = writers.get(values.get(node.name, ""))
+        found = _find(node, inputs, readers, initializers) if known is None else known
+        if found is None or not _fits(found, node, inputs, initializers):
+            continue
+        values[node.name] = found.output[0]
+        missing = [value for value in node.inputs if value not in values]
+        if len(missing) == 1:  # computed by operators that the exporter wrote in another way
+            (values[missing[0]],) = _computed(found, initializers) - Counter(inputs)
     everywhere = Policy(precisions={layer.name: INT8 for layer in graph.layers})
     needed = dict.fromkeys([*place(graph, everywhere).values, *_branch_values(graph)])
     for value in needed:
@@ -137,16 +140,18 @@ def _find(
     Args:
         inputs: the matched ones of those that the node reads; others were computed from parameters alone.
     """
-    kinds = _OPERATORS.get(node.op)
-    if kinds is None:
-        return None
-    fitting = []
-    for reader in readers.get(inputs[0], []):
-        computed = _computed(reader, initializers)
-        if reader.op_type in kinds and computed.total() == len(node.inputs) and not Counter(inputs) - computed:
-            fitting.append(reader)
+    fitting = [reader for reader in readers.get(inputs[0], []) if _fits(reader, node, inputs, initializers)]
     named = [reader for reader in fitting if reader.output[0] == node.name]
     return named[0] if named else fitting[0] if len(fitting) == 1 else None
+
+
+def _fits(
+    operator: onnx.NodeProto, node: Node, inputs: Sequence[str], initializers: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether an ONNX operator is of a node's kind, reads as many values, and these among them."""
+    computed = _computed(operator, initializers)
+    kinds = _OPERATORS.get(node.op, frozenset[str]())
+    return operator.op_type in kinds and computed.total() == len(node.inputs) and not Counter(inputs) - computed
 
 
 def _computed(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> Counter[str]:
