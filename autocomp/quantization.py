@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +38,9 @@ SPREAD = 1 / 1024
 # Scales below are rounded coarsely or to 0, and engines take them for 0.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 # Operators that run in int8 when all they read is quantized.
-JOINS = frozenset({"add", "cat"})
+JOINS = frozenset({"add", "cat", "mul"})
+# Operators of one value that engines look up in a table of its codes.
+LOOKUPS = frozenset({"sigmoid"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +96,10 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     """Place Q/DQ pairs so that every int8 layer of the policy runs as int8.
 
     A layer's input is quantized, and its output behind a fused activation. Every reader of a quantized value reads
-    the quantized one. An addition whose inputs are all quantized is computed in int8 as well, so its output is
-    quantized too; this is repeated along the graph. The logits stay float behind a linear layer.
+    the quantized one. An addition, concatenation or product whose inputs are all quantized is computed in int8 as
+    well, so its output is quantized too, and so is that of a sigmoid; this is repeated along the graph. One factor for
+    each channel of a quantized map is quantized with it. Float stays what a linear layer over several axes writes,
+    for norms, attention and additions to a float stream read it, and the logits behind a linear layer.
 
     Raises:
         InputError: a layer's activations would have fewer than 8 bits, which no engine computes with.
@@ -124,7 +129,7 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
         node = ops[layer.node]
         quantized.add(node.inputs[0])
         written = behind_activation(node)
-        if not (layer.op == "linear" and written == graph.output):
+        if layer.op == "conv" or (len(node.shape) == 1 and written != graph.output):
             quantized.add(written)
 
     def source(value: str) -> str | None:
@@ -137,12 +142,23 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
         return value if value in quantized else None
 
     for node in ops.values():
-        if node.op in JOINS and len(node.inputs) > 1 and all(source(value) is not None for value in node.inputs):
+        known = [source(value) is not None for value in node.inputs]
+        if node.op in LOOKUPS and all(known) and node.name != graph.output:
+            quantized.add(node.name)
+        if node.op == "mul" and len(known) == 2 and known[0] != known[1]:
+            factor = node.inputs[known.index(False)]
+            known = [_is_factor(ops[factor], node)] * 2
+        if node.op in JOINS and len(known) > 1 and all(known):
             quantized.update(node.inputs)
             if node.name != graph.output:
                 quantized.add(behind_activation(node))
     values = {name: source(name) or name for name in ops if name in quantized}
     return QuantPlan(values, layers)
+
+
+def _is_factor(node: Node, product: Node) -> bool:
+    """Whether a factor has one value for a whole map of many."""
+    return len(node.shape) == len(product.shape) > 1 and prod(node.shape[1:]) == 1 < prod(product.shape[1:])
 
 
 def activation_params(low: float, high: float, numerics: Numerics) -> QuantParams:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.apply import Compressed
 from autocomp.compress.naming import reason_of
-from autocomp.compress.onnx_sizes import write_sizes
+from autocomp.compress.onnx_sizes import write_products, write_sizes
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
@@ -20,6 +20,8 @@ from autocomp.fake_quant import fake_quantize
 from autocomp.graph import LayerGraph
 
 __all__ = ["export_compressed", "export_onnx"]
+
+MERGED = 4096  # elements of the largest tensors that an exporter may merge with equal ones; it compares up to 1,024
 
 
 def export_onnx(traced: Traced) -> bytes:
@@ -29,7 +31,7 @@ def export_onnx(traced: Traced) -> bytes:
         ModelError: an operator of the model has no ONNX form.
     """
     tensors = tensors_of(traced.module)
-    placeholders = _distinct_biases(tensors, traced.graph)
+    placeholders = _distinct(tensors, traced.graph)
     module = rebuild(traced.module, traced.graph, {**tensors, **placeholders})
     return _export(module, traced.graph, {name: tensors[name] for name in placeholders})
 
@@ -47,7 +49,7 @@ def export_compressed(compressed: Compressed) -> bytes:
         name: torch.from_numpy(array) for name, array in compressed.tensors.items()
     }
     tensors |= {name: torch.from_numpy(weight.real) for name, weight in compressed.weights.items()}
-    placeholders = _distinct_biases(tensors, graph)
+    placeholders = _distinct(tensors, graph)
     module = rebuild(compressed.module, graph, {**tensors, **placeholders})
     _write_pairs(module, compressed)
     return _export(module, graph, {name: tensors[name] for name in placeholders})
@@ -92,23 +94,25 @@ def _write_pairs(module: fx.GraphModule, compressed: Compressed) -> None:
     module.recompile()
 
 
-def _distinct_biases(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Tensor]:
-    """Stand-ins for biases that equal another one (all zero, mostly): the exporter would merge their initializers."""
+def _distinct(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Tensor]:
+    """Stand-ins for tensors that equal another one (all zero, mostly): the exporter would merge their initializers."""
     seen: set[bytes] = set()
     result = {}
-    for index, layer in enumerate(graph.layers):
-        if layer.bias not in tensors:
+    weights = {layer.weight for layer in graph.layers}
+    for index, (name, tensor) in enumerate(tensors.items()):
+        if name in weights or tensor.numel() > MERGED or not tensor.is_floating_point():
             continue
-        content = tensors[layer.bias].numpy().tobytes()
-        if content in seen or not tensors[layer.bias].any():
-            result[layer.bias] = torch.arange(1.0, len(tensors[layer.bias]) + 1) / 1024 + index + 1
+        content = tensor.numpy().tobytes()
+        if content in seen or not tensor.any():
+            result[name] = (torch.arange(1.0, tensor.numel() + 1) / 1024 + index + 1).reshape(tensor.shape)
         seen.add(content)
     return result
 
 
 def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Tensor]) -> bytes:
     """Export, then give the stand-ins their values back. The module is changed."""
-    write_sizes(module)
+    write_sizes(module, graph)
+    write_products(module, graph)
     example = torch.zeros(2, *graph.input_shape)
     try:
         with _quiet(), torch.no_grad():

@@ -69,7 +69,7 @@ def follow(module: fx.GraphModule, example: Tensor, layers: Mapping[str, str], s
     """
     follower = _Follower(module, layers, shared)
     with torch.no_grad():
-        follower.run(example)
+        follower.run(example.to("meta"))
     _cut(follower.followed)
     return follower.followed
 
@@ -104,7 +104,7 @@ class _Operand:
 
 
 class _Follower(fx.Interpreter):
-    """Runs a model on an example and keeps labels beside its values."""
+    """Runs a model on an example without values and keeps labels beside their shapes."""
 
     def __init__(self, module: fx.GraphModule, layers: Mapping[str, str], shared: frozenset[str]) -> None:
         super().__init__(module, garbage_collect_values=False)
@@ -112,6 +112,10 @@ class _Follower(fx.Interpreter):
         self._channels = self.followed.channels
         self._layers = layers
         self._shared = shared
+
+    def fetch_attr(self, target: str) -> Tensor:
+        tensor: Tensor = super().fetch_attr(target)
+        return tensor.to("meta")
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)
@@ -273,8 +277,10 @@ class _Follower(fx.Interpreter):
 
         def labels_of(entry: fx.Node) -> Any:
             value = self.env[entry]
-            if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            if not isinstance(value, Tensor):
                 return value
+            if not (value.is_floating_point() or value.is_complex()):
+                return super(_Follower, self).fetch_attr(str(entry.target)) if entry.op == "get_attr" else value
             return self._expanded(self._operand(entry)).contiguous() if viewed else self._expanded(self._operand(entry))
 
         viewed = op_of(node) in ("view", "unflatten", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle")

@@ -1,5 +1,6 @@
 """From a module to a flat ATen graph: exported, in-place operators made pure, batch norms folded into their layers."""
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.compress.batch_first import batch_first, sample_shape
 from autocomp.compress.exporting import export, unused
 from autocomp.compress.naming import op_of, value_of
 from autocomp.errors import ModelError
@@ -47,7 +49,7 @@ class Lowered:
 
     Attributes:
         module: runs it. A node's name is the name of its value; the last one is called ``logits``.
-        shapes: value -> shape without the batch axis, () for operators that give several tensors.
+        shapes: value -> sizes of one sample's part, () for operators that give several tensors.
         layers: node name -> layer name, for convolutions and linear operators with plain parameters.
         norms: layer name -> the batch norm folded into it.
         opaque: parameter or node name -> why it is no layer.
@@ -62,12 +64,13 @@ class Lowered:
     unused: tuple[str, ...] = ()
 
 
-def lower(model: nn.Module, example: Tensor) -> Lowered:
+def lower(model: nn.Module, example: Tensor, expected: Tensor) -> Lowered:
     """Export an eval-mode model and flatten it.
 
     Args:
         model: is not changed, but must be the caller's own copy in eval mode.
         example: (n, ...) with n at least 2; the batch axis of the result is dynamic.
+        expected: what the model gives on the example.
 
     Raises:
         ModelError: the model does not export, or the flat graph computes something else.
@@ -77,7 +80,7 @@ def lower(model: nn.Module, example: Tensor) -> Lowered:
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     lowered = replace(_Rebuild(exported, frozenset(own)).run(), unused=left_out)
     with torch.no_grad():
-        expected, found = model(example), lowered.module(example)
+        found = lowered.module(example)
     tolerance = 1e-3 * max(float(expected.abs().max()), 1e-6)
     if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
         raise ModelError(
@@ -97,7 +100,7 @@ class _Rebuild:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     state: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, fx.Node] = field(default_factory=dict)
-    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)  # of known values that come from the model's own tensors
     layers: dict[fx.Node, str] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     opaque: dict[str, str] = field(default_factory=dict)
@@ -105,24 +108,32 @@ class _Rebuild:
     def run(self) -> Lowered:
         for node in self.source.graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = self._shaped(self.graph.placeholder("x"), node)
+                self.values[node] = self._valued(self.graph.placeholder("x"), node)
             elif node.op == "get_attr":
                 name, tensor = str(node.target), self._attribute(node)
-                self.values[node] = self._parameter(name, tensor) if name in self.own else tensor.clone()
+                self.values[node] = tensor if name in self.own else tensor.clone()
+                if name in self.own:
+                    self.names[node] = name
             elif node.op == "output":
-                result = self._mapped(_single(node.args[0]))
-                result._rename("logits")
-                self.graph.output(result)
+                self.graph.output(self._mapped(_single(node.args[0])))
             elif "_assert" not in op_of(node):
                 self.values[node] = self._operator(node)
-        self.graph.eliminate_dead_code()
-        live = {node for node in self.graph.nodes}
-        used = {str(node.target) for node in live if node.op == "get_attr"}
+        source = next(node for node in self.graph.nodes if node.op == "placeholder")
+        batch_first(self.graph, source)
+        self.graph.output_node().args[0]._rename("logits")  # type: ignore[union-attr]
+        batch = source.meta["val"].shape[0]
+        live = [node for node in self.graph.nodes if node.op in ("placeholder", "call_function")]
+        values = [(node, node.meta.pop("val", ())) for node in live]
+        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
         root = {name: _frozen(tensor) for name, tensor in self.state.items() if name in used}
         module = fx.GraphModule(root, self.graph).eval()
         return Lowered(
             module,
-            {value_of(node): shape for node, shape in self.shapes.items() if node in live},
+            {
+                value_of(node): sample_shape(value, batch) if isinstance(value, Tensor) else ()
+                for node, value in values
+                if isinstance(value, Tensor | tuple | list)
+            },
             {node.name: name for node, name in self.layers.items() if node in live},
             self.norms,
             self.opaque,
@@ -148,34 +159,44 @@ class _Rebuild:
             sizes = fx.map_arg(node.args[1], self._mapped)
             return self._create(node, torch.ops.aten.reshape.default, (self._mapped(node.args[0]), sizes), {}, op)
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
-        if op == base or not isinstance(node.target, torch._ops.OpOverload):
+        written = args[0] if op != base else None
+        if base == "silu":  # engines know its two parts, in int8 as well
+            gate = self._create(node, torch.ops.aten.sigmoid.default, args, {}, "sigmoid")
+            new = self._create(node, torch.ops.aten.mul.Tensor, (args[0], gate), {}, "mul")
+        elif written is None or not isinstance(node.target, torch._ops.OpOverload):
             return self._create(node, node.target, args, kwargs, op)
-        pure = getattr(getattr(torch.ops.aten, base), node.target._overloadname)
-        written = args[0]
-        new = self._create(node, pure, args, kwargs, base)
+        else:
+            pure = getattr(getattr(torch.ops.aten, base), node.target._overloadname)
+            new = self._create(node, pure, args, kwargs, base)
         for old, value in self.values.items():  # later readers of the overwritten tensor read the new value
-            if value is written:
+            if written is not None and value is written:
                 self.values[old] = new
         return new
 
     def _constant(self, node: fx.Node, op: str) -> Any:
-        """The value of an operator that reads nothing but sizes and such values, else None.
+        """The value of an operator that reads nothing but sizes, parameters and such values, else None.
 
-        It is computed at once, so that what is written in place into parts of such a tensor (an attention mask's
-        windows, say) is in it when the first other operator reads it.
+        It is computed at once. So what is written in place into parts of such a tensor (an attention mask's windows,
+        say) is in it when the first other operator reads it, and a weight that is computed from parameters is one.
         """
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not (isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem):
             return None
         read = [entry for entry in node.all_input_nodes if not (op.startswith("new_") and entry is node.args[0])]
-        if not all(isinstance(self.values[entry], Tensor) for entry in read) or not (read or op in _CREATING):
+        if not all(_is_known(self.values[entry]) for entry in read) or not (read or op in _CREATING):
             return None
         own = node.args[1:] if op.startswith("new_") else node.args
         args, kwargs = fx.map_arg((own, node.kwargs), self.values.__getitem__)
         if op.startswith("new_"):
-            value = node.meta["val"]
-            args = (torch.empty(0, dtype=value.dtype), *args)
+            args = (torch.empty(0, dtype=node.meta["val"].dtype), *args)
         with torch.no_grad():
-            return node.target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
+            target: Any = node.target
+            value = target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
+        sources = [entry for entry in read if entry in self.names]
+        if sources:
+            first = self.values[sources[0]]
+            same = isinstance(value, Tensor) and isinstance(first, Tensor) and value.is_set_to(first)
+            self.names[node] = self.names[sources[0]] if same else f"computed.{node.name}"
+        return value
 
     def _convolution(self, node: fx.Node) -> fx.Node:
         """Write all seven arguments out, spatial ones as lists, padding as numbers."""
@@ -203,24 +224,48 @@ class _Rebuild:
         """A convolution or linear operator; one with plain parameters gets a bias if it has none."""
         named: Any = given or dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
         weight, bias = named["weight"], named.get("bias")
-        name = _module_of(str(weight.target), "weight") if weight.op == "get_attr" else ""
-        plain = name != ""
-        own = bias is None or (
-            bias.op == "get_attr" and (_module_of(str(bias.target), "bias") == name or len(weight.users) > 1)
-        )
-        mapped: fx.Node | None = None if bias is None else self._mapped(bias)
-        if plain and own and mapped is None:
-            mapped = self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
-        elif not (plain and own):
-            self.opaque[str(weight.target) if weight.op == "get_attr" else node.name] = (
-                "its weight or bias is no parameter of its own module"
-            )
+        name = self._layer_of(node, weight, bias)
+        if name and bias is None:
+            self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
+        for part, entry in (("weight", weight), ("bias", bias)) if name else ():
+            if self._is_computed(entry):
+                self.names[entry] = f"{name}.{part}"
+        if not name:
+            self.opaque[self.names.get(weight, node.name)] = "its weight or bias is no parameter of its own module"
+        mapped = self._mapped(bias) if bias is not None else self.parameters.get(f"{name}.bias")
         new = self._create(
             node, target, (self._mapped(named["input"]), self._mapped(weight), mapped, *rest), {}, op_of(node)
         )
-        if plain and own:
+        if name:
             self.layers[new] = name
         return new
+
+    def _layer_of(self, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> str:
+        """The module that weight and bias are parameters of, "" for none.
+
+        Computed ones become parameters of the module of the other one, else of the one that the operator is in.
+        """
+        own = [
+            _module_of(self.names.get(entry, ""), part)
+            for part, entry in (("weight", weight), ("bias", bias))
+            if entry is not None and not self._is_computed(entry)
+        ]
+        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
+        name = own[0] if own else str([*stack.values()][-1][0])
+        other = any(entry != name for entry in own[1:]) and len(weight.users) == 1
+        if not name or other or (bias is not None and bias not in self.names):
+            return ""
+        for part, entry in (("weight", weight), ("bias", bias)):
+            known = self.state.get(f"{name}.{part}")
+            if entry is None or known is None or not self._is_computed(entry):
+                continue
+            if not torch.equal(known, self.values[entry]):
+                return ""
+        return name
+
+    def _is_computed(self, entry: fx.Node) -> bool:
+        """Whether a value was computed from the model's own tensors."""
+        return entry in self.names and self.names[entry] not in self.own
 
     def _foldable(self, node: fx.Node) -> fx.Node | None:
         """The layer whose output only this batch norm reads, and whose parameters only that layer reads."""
@@ -228,13 +273,15 @@ class _Rebuild:
         if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
             return None
         new = self.values[source]
-        if new not in self.layers or any(value.op != "get_attr" for value in node.args[1:5] if value is not None):  # type: ignore[union-attr]
+        given: Any = [entry for entry in node.args[1:5] if entry is not None]
+        if new not in self.layers or not all(_is_known(self.values[entry]) for entry in given):
             return None
-        plain = op_of(new) in _CONVOLUTIONS or len(self.shapes[new]) == 1
+        plain = op_of(new) in _CONVOLUTIONS or new.meta["val"].ndim == 2
         return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
 
     def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
-        scale, shift, mean, variance = (None if arg is None else self._attribute(arg) for arg in node.args[1:5])
+        given: Any = node.args[1:5]
+        scale, shift, mean, variance = (None if entry is None else self.values[entry] for entry in given)
         epsilon = float(node.args[7])  # type: ignore[arg-type]
         name = self.layers[layer]
         weight, bias = self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()
@@ -268,19 +315,19 @@ class _Rebuild:
 
     def _mapped(self, node: Any) -> Any:
         value = self.values[node]
-        if isinstance(value, Tensor):
-            return self._parameter(f"constants.{node.name}", value.clone())
-        return value
+        if not isinstance(value, Tensor):
+            return value
+        name = self.names.get(node)
+        return (
+            self._parameter(f"constants.{node.name}", value.clone()) if name is None else self._parameter(name, value)
+        )
 
     def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
-        return self._shaped(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
+        return self._valued(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
 
-    def _shaped(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        value = node.meta.get("val")
-        if isinstance(value, Tensor):
-            self.shapes[new] = tuple(int(size) if isinstance(size, int) else -1 for size in value.shape[1:])
-        elif isinstance(value, tuple | list) or (value is None and node.target is not torch.ops.aten.sym_size.int):
-            self.shapes[new] = ()
+    def _valued(self, new: fx.Node, node: fx.Node) -> fx.Node:
+        if "val" in node.meta:
+            new.meta["val"] = node.meta["val"]
         return new
 
 
@@ -292,6 +339,11 @@ def _module_of(parameter: str, part: str) -> str:
     if last.endswith(f"_{part}") and path:
         return f"{path}.{last.removesuffix(f'_{part}')}"
     return ""
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a value of the graph that is written is a tensor, or several."""
+    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and all(map(_is_known, value)))
 
 
 def _frozen(tensor: Tensor) -> Tensor:

@@ -172,7 +172,8 @@ class _Walk:
             while value in self._stream:
                 value = self._stream[value]
             return self._ranges[value][0] >= 0
-        return node.op in _LINEAR and all(value in self._means for value in node.inputs)
+        values = [entry for entry in self._nodes[node.name].all_input_nodes if entry.op != "get_attr"]
+        return node.op in _LINEAR and all(value_of(entry) in self._means for entry in values)
 
 
 def channel_means(value: Tensor) -> Tensor:

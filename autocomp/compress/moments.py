@@ -10,7 +10,7 @@ from autocomp.graph import Layer, LayerGraph
 
 __all__ = ["Moments", "Sums", "draw_positions", "inner_products", "outputs_at", "patches_at", "reading_layers"]
 
-LIMIT_BYTES = 512 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
+LIMIT_BYTES = 128 * 10**6  # of one layer's second moments; a larger one is pooled over kernel positions
 CONSTANT = 1e-6  # deviation, as a fraction of the mean, that rounding explains
 VANISHED = float(torch.finfo(torch.float32).tiny)  # variance that float32 holds to fewer digits
 BLOCK = 144  # columns of inner products at a time
@@ -22,7 +22,7 @@ class Moments:
     """Mean and centred second moment of what a layer reads, over images and sampled positions.
 
     The features are the layer's unfolded inputs, ordered as its weight's columns (channel, then kernel position);
-    or, where their second moment would exceed 512 MB, its input channels alone, the kernel positions (of a layer
+    or, where their second moment would exceed 128 MB, its input channels alone, the kernel positions (of a layer
     behind a flattened map: the map's positions) pooled as further samples.
 
     Attributes:
@@ -116,13 +116,14 @@ def draw_positions(value: Tensor, layer: Layer, rows: int, generator: torch.Gene
     """Output positions of a layer, drawn anew for every image.
 
     Args:
-        value: what it reads, (n, channels, *spatial) for a conv, (n, ..., features) for a linear layer.
+        value: what it reads, (n, channels, *spatial) for a conv, (..., features) with n x positions rows in the
+            order of the images for a linear layer.
         rows: positions drawn for an image (with repetition); all of them where there are not more.
 
     Returns:
         (n, rows), indices into the flattened output positions.
     """
-    n, positions = len(value), int(np.prod(_output_sizes(value, layer)))
+    n, positions = _counts(value, layer)
     if positions <= rows:
         return torch.arange(positions).expand(n, -1)
     return torch.randint(positions, (n, rows), generator=generator)
@@ -130,7 +131,7 @@ def draw_positions(value: Tensor, layer: Layer, rows: int, generator: torch.Gene
 
 def patches_at(value: Tensor, layer: Layer, chosen: Tensor) -> Tensor:
     """Unfolded inputs (n * rows, features) of a layer at output positions, ordered as its weight's columns."""
-    n = len(value)
+    n = _counts(value, layer)[0]
     if layer.op == "linear":
         value = value.reshape(n, -1, value.shape[-1])
         return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
@@ -155,13 +156,19 @@ def outputs_at(value: Tensor, layer: Layer, chosen: Tensor) -> Tensor:
     """A layer's outputs (n * rows, channels) at output positions."""
     if layer.op == "conv":
         value = value.flatten(2).transpose(1, 2)
-    value = value.reshape(len(value), -1, value.shape[-1])
+    value = value.reshape(len(chosen), -1, value.shape[-1])
     return value.gather(1, chosen[..., None].expand(-1, -1, value.shape[-1])).flatten(0, 1)
 
 
-def _output_sizes(value: Tensor, layer: Layer) -> tuple[int, ...]:
+def _counts(value: Tensor, layer: Layer) -> tuple[int, int]:
+    """Images in what a layer reads, and its outputs per channel for each."""
     if layer.op == "linear":
-        return tuple(value.shape[1:-1])
+        return value.numel() // (value.shape[-1] * layer.positions), layer.positions
+    return len(value), int(np.prod(_output_sizes(value, layer)))
+
+
+def _output_sizes(value: Tensor, layer: Layer) -> tuple[int, ...]:
+    """Spatial sizes of a convolution's output."""
     spans = [(k - 1) * d + 1 for k, d in zip(layer.weight_shape[2:], layer.dilation, strict=True)]
     padded = [size + 2 * side for size, side in zip(value.shape[2:], layer.padding, strict=True)]
     return tuple((s - span) // step + 1 for s, span, step in zip(padded, spans, layer.stride, strict=True))

@@ -1,22 +1,45 @@
 """How layers make up for inputs they lose."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from autocomp.compress.damping import damped_cholesky
+from autocomp.compress.damping import damped
 from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
 
-__all__ = ["least_squares", "reconstruct"]
+__all__ = ["cross_moments", "least_squares", "reconstruct"]
 
+LARGE = 1024  # features from which single precision does
 MOST_GAIN = 2.0  # outputs that the remaining inputs hardly determine would otherwise be mostly noise
 
 
+def cross_moments(weight: Tensor, moments: Moments) -> Tensor:
+    """Second moments of a layer's outputs with its inputs: W G, of which every policy's solve takes some columns.
+
+    Args:
+        weight: (out, in, *kernel) of the unpruned layer.
+
+    Returns:
+        (out, pooled, features); float64, or float32 where there are many features.
+    """
+    flat = _by_feature(weight, moments)
+    dtype = _dtype(len(moments.mean))
+    return flat.to(dtype) @ moments.gram.to(dtype)
+
+
 def reconstruct(
-    layer: Layer, weight: Tensor, bias: Tensor, kept: NDArray[np.int64], moments: Moments, ridge: float
+    layer: Layer,
+    weight: Tensor,
+    bias: Tensor,
+    kept: NDArray[np.int64],
+    moments: Moments,
+    ridge: float,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New weight and bias of a layer that loses inputs: `least_squares`, then each output varied as before.
 
@@ -27,34 +50,39 @@ def reconstruct(
 
     Args, raises: see `least_squares`.
     """
-    solved, shift = least_squares(layer, weight, bias, kept, moments, ridge)
+    solved = _solve(layer, weight, bias, kept, moments, ridge, cross)
     if moments.pooled > 1:
-        return solved, shift
+        return solved.weight, solved.bias
+    gain = (solved.wanted / solved.given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
     stay = _features(weight, kept, moments)
-    before, after = weight.flatten(1).double(), solved.flatten(1).double()
-    gram = moments.gram.double()
-    wanted = ((before @ gram) * before).sum(1)
-    given = ((after @ gram[stay][:, stay]) * after).sum(1)
-    gain = (wanted / given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
-    shift = shift + ((1 - gain) * (after @ moments.mean[stay])).float()
-    return solved * gain.float().reshape(-1, *[1] * (weight.ndim - 1)), shift
+    mean = solved.weight.flatten(1).double() @ moments.mean[stay]
+    shift = solved.bias + ((1 - gain) * mean).float()
+    return solved.weight * gain.float().reshape(-1, *[1] * (weight.ndim - 1)), shift
 
 
 def least_squares(
-    layer: Layer, weight: Tensor, bias: Tensor, kept: NDArray[np.int64], moments: Moments, ridge: float
+    layer: Layer,
+    weight: Tensor,
+    bias: Tensor,
+    kept: NDArray[np.int64],
+    moments: Moments,
+    ridge: float,
+    cross: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New weight and bias of a layer that loses inputs, so that its output changes least.
 
     Minimises E|W x + b - W' x_K - b'|^2 + a |W' - W_K|^2 over the calibration images in closed form: the removed
     inputs are predicted from the kept ones by ridge regression on centred moments, and the prediction is folded into
     the kept columns and the bias (as in He et al., Channel Pruning, ICCV 2017, section 3.1, step (ii), with a bias).
-    Pooled moments predict a removed channel from the kept channels at the same kernel position.
+    The normal equations are W' (G_KK + aI) = (W G)_K + a W_K, so that beside W G, the same for every policy, only
+    one factor is needed. Pooled moments predict a removed channel from the kept ones at the same kernel position.
 
     Args:
         weight: (out, in, *kernel), all input channels (or, of a linear layer, all columns) still there.
         bias: (out,).
         kept: positions on the weight's axis 1 that stay.
         ridge: fraction of the kept inputs' mean variance added to each of them.
+        cross: `cross_moments` of the weight; computed where it is not given.
 
     Returns:
         weight of shape (out, kept, *kernel), and bias.
@@ -62,23 +90,58 @@ def least_squares(
     Raises:
         CompressError: the solve gives no finite weights.
     """
+    solved = _solve(layer, weight, bias, kept, moments, ridge, cross)
+    return solved.weight, solved.bias
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """A solution, and what the original outputs and its own vary by, (out,), float64."""
+
+    weight: Tensor
+    bias: Tensor
+    wanted: Tensor
+    given: Tensor
+
+
+def _solve(
+    layer: Layer,
+    weight: Tensor,
+    bias: Tensor,
+    kept: NDArray[np.int64],
+    moments: Moments,
+    ridge: float,
+    cross: Tensor | None,
+) -> _Solved:
     out, pooled = weight.shape[0], moments.pooled
+    cross = cross_moments(weight, moments) if cross is None else cross
     stay = _features(weight, kept, moments)
-    gone = torch.from_numpy(np.setdiff1d(np.arange(len(moments.mean)), stay.numpy()))
-    flat = weight.reshape(out, -1, pooled)
-    lost = flat[:, gone].transpose(1, 2).flatten(0, 1)  # (out * pooled, gone)
-    dtype = torch.float64 if len(stay) <= 2048 else torch.float32
-    target = moments.gram[stay][:, gone].to(dtype) @ lost.T.to(dtype)
-    change = torch.cholesky_solve(target, damped_cholesky(moments.gram[stay][:, stay].to(dtype), ridge)).T
-    mean = moments.mean.to(dtype)
-    shift = (lost.to(dtype) @ mean[gone] - change @ mean[stay]).reshape(out, pooled).sum(1)
-    solved = flat[:, stay].to(dtype) + change.reshape(out, pooled, -1).transpose(1, 2)
-    if not bool(torch.isfinite(solved).all() & torch.isfinite(shift).all()):
+    dtype = _dtype(len(stay))
+    flat, mean = _by_feature(weight, moments), moments.mean.to(dtype)
+    before, target = flat[..., stay].to(dtype), cross[..., stay].to(dtype)
+    factor, added = damped(moments.gram[stay][:, stay].to(dtype), ridge)
+    right = (target + added * before).reshape(out * pooled, -1)
+    after = torch.cholesky_solve(right.T, factor).T.reshape(out, pooled, -1)
+    shift = (flat.to(dtype) @ mean - after @ mean[stay]).sum(1)
+    if not bool(torch.isfinite(after).all() & torch.isfinite(shift).all()):
         raise CompressError(
             f"reconstructing {layer.name} gave NaN: raise the recipe's ridge or check the calibration data"
         )
     shape = (out, len(kept), *weight.shape[2:])
-    return solved.reshape(shape).float(), (bias.to(dtype) + shift).float()
+    wanted = (flat * cross).sum((1, 2), dtype=torch.float64)
+    given = (after * (target + added * (before - after))).sum((1, 2), dtype=torch.float64)
+    solved = after.transpose(1, 2).reshape(shape).float()
+    return _Solved(solved, (bias.to(dtype) + shift).float(), wanted, given)
+
+
+def _by_feature(weight: Tensor, moments: Moments) -> Tensor:
+    """A weight as (out, pooled, features)."""
+    return weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2)
+
+
+def _dtype(features: int) -> torch.dtype:
+    """What so many unknowns are solved in: double precision takes twice the time, which large layers feel."""
+    return torch.float64 if features <= LARGE else torch.float32
 
 
 def _features(weight: Tensor, kept: NDArray[np.int64], moments: Moments) -> Tensor:

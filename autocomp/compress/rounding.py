@@ -216,6 +216,8 @@ def _up_or_down(
 def _sampled(value: Tensor, layer: Layer, images: int, generator: torch.Generator) -> Tensor:
     """About ``ROWS`` unfolded inputs over all images; drawn alike however the images are divided into batches."""
     per_image = -(-ROWS // images)
+    if layer.op == "linear":
+        value = value.reshape(-1, layer.positions, value.shape[-1])
     return torch.cat(
         [patches_at(part, layer, draw_positions(part, layer, per_image, generator)) for part in batches(value, BATCH)]
     )

@@ -138,8 +138,8 @@ class _Solver:
         known: Mapping[str, Tensor],
     ) -> None:
         count = len(images)
-        known = {name: value[:count] for name, value in known.items() if len(value) >= count}
-        self._graph = traced.graph
+        self._count, self._graph = count, traced.graph
+        known = {name: value for name in known if (value := self._first(known[name], name, count)) is not None}
         self._tensors = tensors_of(module)
         self._original = _Values(traced.module, tensors_of(traced.module), {**known, "input": images})
         self._compressed = _Values(module, self._tensors, {"input": images})
@@ -184,12 +184,12 @@ class _Solver:
         read = self._compressed[value_of(self._compressed.nodes[layer.node].all_input_nodes[0])]
         groups = layer.groups_of(weight.shape[0])
         features = weight[0].numel()
-        least = min(MIN_ROWS, IMAGE_ROWS * len(read))
+        least = min(MIN_ROWS, IMAGE_ROWS * self._count)
         rows = min(max(least, ROWS_PER_FEATURE * features), PATCHES_BYTES // (4 * features * groups))
         if rows < LEAST_ROWS * features:
             return {}
         generator = torch.Generator().manual_seed(self._recipe.seed)  # a layer's own: others may be skipped
-        chosen = draw_positions(read, layer, -(-rows // len(read)), generator)
+        chosen = draw_positions(read, layer, -(-rows // self._count), generator)
         patches = patches_at(read, layer, chosen)
         if len(patches) < LEAST_ROWS * features:
             return {}
@@ -205,6 +205,14 @@ class _Solver:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in solution):
             raise CompressError(f"solving {layer.name} in sequence gave NaN: raise the recipe's ridge")
         return {layer.weight: solution[0].reshape(weight.shape), layer.bias: solution[1].reshape(bias.shape)}
+
+    def _first(self, value: Tensor, name: str, count: int) -> Tensor | None:
+        """What a value is on the first images; None where these are too few, or not what its first axis is made of."""
+        shape = self._graph.node_by_name[name].shape
+        images = value.numel() // int(np.prod(shape))
+        if images < count or tuple(value.shape) not in ((images, *shape), (images * shape[0], *shape[1:])):
+            return None
+        return value[: count * (len(value) // images)]
 
     def _target(self, layer: Layer, chosen: Tensor) -> tuple[Tensor, Tensor, bool]:
         """What a layer is to give, (samples, out), what is added to it, and whether a ReLU follows.

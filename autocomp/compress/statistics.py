@@ -14,6 +14,7 @@ from autocomp.compress.moments import Moments, Sums, reading_layers
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import order_channels
 from autocomp.compress.ranges import Ranges
+from autocomp.compress.reconstruct import cross_moments
 from autocomp.compress.surgery import batches, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import DataError
@@ -32,6 +33,7 @@ class Statistics:
 
     Attributes:
         moments: layer that reads a prunable group -> moments of its inputs.
+        cross: such a layer -> `cross_moments` of its weight.
         orders: group -> its channels by the recipe's importance, the most dispensable first.
         ranges: value -> its bounds, by the recipe's method.
         means: value -> mean of each channel, (channels,); only where the model has branches that can be dropped.
@@ -41,6 +43,7 @@ class Statistics:
     """
 
     moments: Mapping[str, Moments]
+    cross: Mapping[str, Tensor]
     orders: Mapping[str, tuple[int, ...]]
     ranges: Mapping[str, tuple[float, float]]
     means: Mapping[str, Tensor]
@@ -78,6 +81,8 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     totals: dict[str, Tensor] = {}
 
     def watch(node: fx.Node, value: Any, read: Callable[[fx.Node], Any]) -> None:
+        if not isinstance(value, Tensor):
+            return
         ranges.watch(value_of(node), value)
         if value_of(node) in shaped and graph.branches:
             totals[value_of(node)] = totals.get(value_of(node), torch.zeros(())) + channel_means(value) * (
@@ -91,9 +96,11 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
         logits = torch.cat([watcher.run(part) for part in batches(images, BATCH)])
     bounds = ranges.bounds(graph)
     moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
-    evidence = Evidence(traced, tensors_of(traced.module), moments, images, recipe.ridge, recipe.seed)
+    tensors = tensors_of(traced.module)
+    cross = {name: cross_moments(tensors[graph.layer_by_name[name].weight], found) for name, found in moments.items()}
+    evidence = Evidence(traced, tensors, moments, images, recipe.ridge, recipe.seed)
     orders = order_channels(evidence, recipe.importance)
-    return Statistics(moments, orders, bounds, totals, logits, kept_outputs(traced, images))
+    return Statistics(moments, cross, orders, bounds, totals, logits, kept_outputs(traced, images))
 
 
 def kept_outputs(traced: Traced, images: Tensor) -> dict[str, Tensor]:

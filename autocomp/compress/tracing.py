@@ -60,8 +60,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         ModelError: the model cannot be copied, run or exported, returns something else than one float tensor
             (n, classes), or has no convolution or linear layer.
     """
-    own, example = _prepared(model, example)
-    lowered = lower(own, example)
+    own, example, logits = _prepared(model, example)
+    lowered = lower(own, example, logits)
     nodes = _nodes(lowered)
     layers, shared = _layers(lowered)
     if not layers:
@@ -89,8 +89,8 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     return Traced(graph, lowered.module, lowered.norms, tuple(notes))
 
 
-def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """The caller's model copied to the CPU in eval mode, and an example of at least two images for it."""
+def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+    """The caller's model copied to the CPU in eval mode, an example of at least two images, and its logits."""
     if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or len(example) == 0:
         raise ModelError("the example must be a float tensor of images (n, ...) with n at least 1")
     example = example.detach().to("cpu", torch.float32)
@@ -116,7 +116,7 @@ def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
             f"forward() changes {', '.join(changed[:3])}{', ...' if len(changed) > 3 else ''} in place: weights and "
             "buffers must stay as they are outside of training, so write to them under 'if self.training:' alone"
         )
-    return own, example
+    return own, example, logits
 
 
 def _sharing(model: nn.Module, layer: str) -> str:
@@ -159,7 +159,7 @@ def _layers(lowered: Lowered) -> tuple[tuple[Layer, ...], frozenset[str]]:
         weight_shape = tuple(lowered.module.get_parameter(weight.target).shape)
         shape = lowered.shapes[value_of(node)]
         conv = op_of(node) != "linear"
-        positions = prod(shape[1:]) if conv else prod(shape[:-1])
+        positions = prod(shape) // weight_shape[0]
         if name in layers:  # one weight, used again: its work adds up, everything else is that of the first use
             shared.add(name)
             layers[name] = replace(layers[name], positions=layers[name].positions + positions)
@@ -207,7 +207,8 @@ class _Trial:
 
     def drops(self, branches: Sequence[Branch]) -> bool:
         """Whether the model without these branches still gives logits of its shape."""
-        found = self._outputs(self.tensors, branches)
+        shapes = replace(self, example=self.example.to("meta"))
+        found = shapes._outputs({name: tensor.to("meta") for name, tensor in self.tensors.items()}, branches)
         return found is not None and found.shape[1:] == self.graph.output_shape
 
     def _outputs(self, tensors: Mapping[str, Tensor], dropped: Sequence[Branch] = ()) -> Tensor | None:

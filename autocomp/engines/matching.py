@@ -1,7 +1,9 @@
 """Find a traced graph's values in the ONNX model it was exported to."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
@@ -10,7 +12,7 @@ from autocomp.graph import LayerGraph, Node
 from autocomp.policy import INT8, Policy
 from autocomp.quantization import place
 
-__all__ = ["match_values", "simplified"]
+__all__ = ["joined_products", "match_values", "simplified"]
 
 # ATen's operator -> the ONNX operators an exporter may write for it.
 _OPERATORS: Mapping[str, frozenset[str]] = {
@@ -19,8 +21,23 @@ _OPERATORS: Mapping[str, frozenset[str]] = {
     "hardtanh": frozenset({"Clip"}),
     "clamp": frozenset({"Clip"}),
     "add": frozenset({"Add"}),
+    "mul": frozenset({"Mul"}),
+    "sigmoid": frozenset({"Sigmoid"}),
+    "hardsigmoid": frozenset({"HardSigmoid"}),
+    "hardswish": frozenset({"HardSwish"}),
     "cat": frozenset({"Concat"}),
     "slice": frozenset({"Slice"}),
+    "select": frozenset({"Gather"}),
+    "permute": frozenset({"Transpose"}),
+    "transpose": frozenset({"Transpose"}),
+    "swapaxes": frozenset({"Transpose"}),
+    "unsqueeze": frozenset({"Unsqueeze", "Reshape"}),
+    "squeeze": frozenset({"Squeeze", "Reshape"}),
+    "unflatten": frozenset({"Reshape"}),
+    "gelu": frozenset({"Gelu"}),
+    "layer_norm": frozenset({"LayerNormalization"}),
+    "batch_norm": frozenset({"BatchNormalization"}),
+    "softmax": frozenset({"Softmax"}),
     "pad": frozenset({"Pad"}),
     "max_pool2d": frozenset({"MaxPool"}),
     "avg_pool2d": frozenset({"AveragePool", "GlobalAveragePool"}),
@@ -51,17 +68,23 @@ def match_values(
             readers.setdefault(value, []).append(operator)
     values = _anchors(graph, readers, initializers)
     values[graph.output] = output
-    produced = {value for operator in nodes for value in operator.output}
+    writers = {value: operator for operator in nodes for value in operator.output}
     for node in graph.nodes:
-        if node.name in values or not node.inputs or any(value not in values for value in node.inputs):
+        inputs = [values[value] for value in node.inputs if value in values]
+        if not inputs:
             continue
-        inputs = [values[value] for value in node.inputs]
-        if node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in produced and _keeps_shape(graph, node):
+        moves = node.op in _IDENTITY_WHEN_SHAPE_STAYS and node.name not in writers
+        if node.name not in values and moves and _keeps_shape(graph, node):
             values[node.name] = inputs[0]  # it does nothing, and the exporter left it out
             continue
-        found = _find(node, inputs, readers, initializers)
-        if found is not None and found in produced:
-            values[node.name] = found
+        known = writers.get(values.get(node.name, ""))
+        found = _find(node, inputs, readers, initializers) if known is None else known
+        if found is None or not _fits(found, node, inputs, initializers):
+            continue
+        values[node.name] = found.output[0]
+        missing = [value for value in node.inputs if value not in values]
+        if len(missing) == 1:  # computed by operators that the exporter wrote in another way
+            (values[missing[0]],) = _computed(found, initializers) - Counter(inputs)
     everywhere = Policy(precisions={layer.name: INT8 for layer in graph.layers})
     needed = dict.fromkeys([*place(graph, everywhere).values, *_branch_values(graph)])
     for value in needed:
@@ -111,20 +134,29 @@ def _find(
     inputs: Sequence[str],
     readers: Mapping[str, list[onnx.NodeProto]],
     initializers: Mapping[str, onnx.TensorProto],
-) -> str | None:
-    """The value of the one ONNX operator that fits, the name deciding where several do."""
-    kinds = _OPERATORS.get(node.op)
-    if kinds is None:
-        return None
-    wanted = sorted(inputs)
-    fitting = [
-        reader.output[0]
-        for reader in readers.get(inputs[0], [])
-        if reader.op_type in kinds and sorted(v for v in reader.input if v and v not in initializers) == wanted
-    ]
-    if node.name in fitting:
-        return node.name
-    return fitting[0] if len(fitting) == 1 else None
+) -> onnx.NodeProto | None:
+    """The one ONNX operator that fits, the name deciding where several do.
+
+    Args:
+        inputs: the matched ones of those that the node reads; others were computed from parameters alone.
+    """
+    fitting = [reader for reader in readers.get(inputs[0], []) if _fits(reader, node, inputs, initializers)]
+    named = [reader for reader in fitting if reader.output[0] == node.name]
+    return named[0] if named else fitting[0] if len(fitting) == 1 else None
+
+
+def _fits(
+    operator: onnx.NodeProto, node: Node, inputs: Sequence[str], initializers: Mapping[str, onnx.TensorProto]
+) -> bool:
+    """Whether an ONNX operator is of a node's kind, reads as many values, and these among them."""
+    computed = _computed(operator, initializers)
+    kinds = _OPERATORS.get(node.op, frozenset[str]())
+    return operator.op_type in kinds and computed.total() == len(node.inputs) and not Counter(inputs) - computed
+
+
+def _computed(node: onnx.NodeProto, initializers: Mapping[str, onnx.TensorProto]) -> Counter[str]:
+    """What a node reads beside initializers."""
+    return Counter(value for value in node.input if value and value not in initializers)
 
 
 def simplified(
@@ -139,3 +171,39 @@ def simplified(
                 yield helper.make_node("GlobalAveragePool", [node.input[0]], list(node.output), name=node.name)
                 continue
         yield node
+
+
+def joined_products(
+    graph: LayerGraph, nodes: Iterable[onnx.NodeProto], initializers: Mapping[str, onnx.TensorProto]
+) -> tuple[list[onnx.NodeProto], dict[str, onnx.TensorProto]]:
+    """Linear layers over several axes as one node each, a Gemm of any rank that is none of ONNX.
+
+    An exporter writes them as a MatMul by the weight (in, out) and an Add of the bias.
+
+    Returns:
+        nodes in topological order, and initializers, such weights as (out, in).
+    """
+    nodes, tensors = list(nodes), dict(initializers)
+    wide = {layer.weight: layer for layer in graph.layers if layer.op == "linear"}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in nodes:
+        for value in node.input:
+            readers.setdefault(value, []).append(node)
+    joined: dict[str, onnx.NodeProto] = {}
+    gone = set()
+    for node in nodes:
+        layer = wide.get(node.input[1]) if node.op_type == "MatMul" else None
+        following = readers.get(node.output[0], [])
+        if layer is None or layer.weight not in tensors or len(readers[layer.weight]) > 1 or len(following) != 1:
+            continue
+        if following[0].op_type != "Add" or layer.bias not in following[0].input or layer.bias not in tensors:
+            continue
+        weight = numpy_helper.to_array(tensors[layer.weight])
+        if weight.shape != layer.weight_shape[::-1]:
+            continue
+        tensors[layer.weight] = numpy_helper.from_array(np.ascontiguousarray(weight.T), layer.weight)
+        inputs, outputs = [node.input[0], layer.weight, layer.bias], following[0].output
+        joined[outputs[0]] = helper.make_node("Gemm", inputs, outputs, name=node.name, transB=1)
+        gone.add(node.output[0])
+    kept = [joined.get(node.output[0], node) for node in nodes if node.output[0] not in gone]
+    return kept, tensors

@@ -1,6 +1,6 @@
 """From a policy to a typed ONNX model by editing one exported base model: no export inside a trial."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.capabilities import Numerics
 from autocomp.engines.float_types import FloatTypes
-from autocomp.engines.matching import match_values, simplified
+from autocomp.engines.matching import joined_products, match_values, simplified
 from autocomp.engines.packing import stored
 from autocomp.errors import EngineError
 from autocomp.graph import Layer, LayerGraph
@@ -30,7 +30,7 @@ class Template:
     Attributes:
         graph: what was traced; policies refer to it.
         model: the ONNX model without nodes and initializers (inputs, outputs, operator sets).
-        nodes: in topological order. Not to be changed.
+        nodes: in topological order, see `joined_products`. Not to be changed.
         initializers: by name. Not to be changed.
         values: value name in ``graph`` -> value name in the ONNX model; a value that the exporter merged into
             another operator has no entry.
@@ -76,8 +76,8 @@ def load_template(onnx: bytes, graph: LayerGraph) -> Template:
             model cannot be edited and needs a full export for each policy.
     """
     model = parse(onnx)
-    nodes = tuple(simplified(model.graph.node, {tensor.name: tensor for tensor in model.graph.initializer}))
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes, initializers = joined_products(graph, simplified(model.graph.node, found), found)
     values = match_values(graph, nodes, initializers, model.graph.output[0].name)
     for node in nodes:
         flat = next((name for name, value in values.items() if value == node.output[0]), None)
@@ -89,7 +89,7 @@ def load_template(onnx: bytes, graph: LayerGraph) -> Template:
             del node.attribute[:]  # the exporter sets allowzero, which would mean a true 0
     sizes = _renewable(nodes)
     del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-    return Template(graph, model, nodes, initializers, values, sizes)
+    return Template(graph, model, tuple(nodes), initializers, values, sizes)
 
 
 def _renewable(nodes: Sequence[onnx.NodeProto]) -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -153,7 +153,7 @@ class _Writer:
     ) -> None:
         graph = template.graph
         self._template = template
-        self._tensors = tensors
+        self._tensors = dict(tensors)
         self._weights = weights
         self._codes_type = np.int8 if numerics.signed_activations else np.uint8
         plan = place(graph, policy)
@@ -265,12 +265,18 @@ class _Writer:
             next(entry for entry in node.attribute if entry.name == "group").i = group
         if layer.bias in self._tensors and len(node.input) < 3:
             node.input.append(layer.bias)
+        wide = layer.op == "linear" and len(self._template.graph.node_by_name[layer.node].shape) > 1
         if layer.name not in self._int8:
             yield from self._float_input(node, layer, weight.shape[1] * group)
-            yield from self._typed(node, self._floats.of_layer(self._policy.precision(layer.name)))
+            parts: Iterable[onnx.NodeProto] = [node]
+            if wide:
+                self._tensors[layer.weight] = np.ascontiguousarray(weight.T)
+                parts = _product(node, "Add")
+            for part in parts:
+                yield from self._typed(part, self._floats.of_layer(self._policy.precision(layer.name)))
             return
         found = self._weights[layer.weight]
-        product = layer.op == "linear" and not self._writes_codes(layer)
+        product = wide or (layer.op == "linear" and not self._writes_codes(layer))
         names = [f"{layer.weight}_{part}" for part in ("codes", "scale", "zero_point")]
         codes = np.ascontiguousarray(found.codes.T) if product else found.codes
         tensors, unpacking = stored(names[0], codes, found.bits)
@@ -284,12 +290,9 @@ class _Writer:
         if not product:
             yield from self._typed(node, TensorProto.FLOAT)
             return
-        # A Gemm with a float result needs an int32 bias to run as int8; a product does not. It is a Sum because
-        # ONNX Runtime would join a MatMul and an Add to a Gemm again, and run that in float.
-        result = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
-        yield helper.make_node("MatMul", node.input[:2], [result], name=node.name)
-        if len(node.input) > 2:
-            yield helper.make_node("Sum", [result, node.input[2]], node.output, name=f"{node.name}_bias")
+        # A Gemm with a float result needs an int32 bias to run as int8; a product does not. Its bias comes by a Sum,
+        # because ONNX Runtime would join a MatMul and an Add to a Gemm again, and run that in float.
+        yield from _product(node, "Sum")
 
     def _float_input(self, node: onnx.NodeProto, layer: Layer, channels: int) -> Iterator[onnx.NodeProto]:
         """Dequantize a float layer's input for it alone, with the one scale repeated for each channel.
@@ -306,7 +309,8 @@ class _Writer:
         self._store(names[1], np.full(channels, params.zero_point, self._codes_type))
         node.input[0] = f"{layer.weight}_input_dq"
         inputs = [f"{value}_q", *names]
-        yield helper.make_node("DequantizeLinear", inputs, [node.input[0]], name=node.input[0], axis=1)
+        axis = 1 if layer.op == "conv" else -1
+        yield helper.make_node("DequantizeLinear", inputs, [node.input[0]], name=node.input[0], axis=axis)
 
     def _writes_codes(self, layer: Layer) -> bool:
         """Whether a linear layer's result is quantized, behind a fused activation or at once."""
@@ -358,6 +362,14 @@ class _Writer:
         source = yield from self._floats.as_kind(source, TensorProto.FLOAT)
         yield helper.make_node("QuantizeLinear", [source, scale, zero_point], [f"{value}_q"], name=f"{value}_q")
         yield helper.make_node("DequantizeLinear", [f"{value}_q", scale, zero_point], [result], name=f"{value}_dq")
+
+
+def _product(node: onnx.NodeProto, bias: str) -> Iterator[onnx.NodeProto]:
+    """A Gemm as a MatMul and an operator that adds the bias, if it has one."""
+    result = f"{node.output[0]}_product" if len(node.input) > 2 else node.output[0]
+    yield helper.make_node("MatMul", node.input[:2], [result], name=node.name)
+    if len(node.input) > 2:
+        yield helper.make_node(bias, [result, node.input[2]], node.output, name=f"{node.name}_bias")
 
 
 def _one_line(error: Exception) -> str:

@@ -291,16 +291,15 @@ def _contenders(
     reference: LatencyEstimate,
     observer: Observer,
 ) -> dict[str, Contender]:
-    """Read the test split, once, for every row of the closing table."""
+    """Read the test split, once, for every row of the closing table; one without labels has nothing to say."""
     observer(Phase("test", 1 + len(winners)))
-    labelled = bench.splits.labelled
-    baseline = predict(trials.reference, bench.splits.test)
+    baseline = predict(trials.reference, bench.splits.test) if bench.splits.labelled else None
     best = winners.get("best")
     if best is not None:
         reference = reference_latency(best[1].latency)
-    search, held_out, test = (
-        found.accuracy if labelled else None for found in (trials.scorer.reference, selection.reference, baseline)
-    )
+    search = held_out = test = None
+    if baseline is not None:
+        search, held_out, test = trials.scorer.reference.accuracy, selection.reference.accuracy, baseline.accuracy
     limits = trials.limits
     rows = {
         "reference": Contender(
@@ -309,12 +308,14 @@ def _contenders(
     }
     for role, (finalist, verdict) in winners.items():
         trial = finalist.trial
-        with bench.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
-            found = predict(engine, bench.splits.test)
+        accuracy = change = None
+        if baseline is not None:
+            with bench.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
+                found = predict(engine, bench.splits.test)
+            accuracy, change = found.accuracy, paired_interval(found, baseline)
         rows[role] = Contender(
             role, trial.policy, verdict.latency, trial.score.accuracy if trial.score else None,
-            finalist.selection.accuracy, found.accuracy if labelled else None,
-            paired_interval(found, baseline) if labelled else None, trial.macs or 0, verdict.size_bytes,
+            finalist.selection.accuracy, accuracy, change, trial.macs or 0, verdict.size_bytes,
             verdict.admitted and bench.backend.measures, len(study.of(trial.role)), verdict.reason,
         )  # fmt: skip
     return rows
