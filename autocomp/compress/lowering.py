@@ -195,8 +195,9 @@ class _Rebuild:
         args, kwargs = fx.map_arg((own, node.kwargs), self.values.__getitem__)
         if op.startswith("new_"):
             args = (torch.empty(0, dtype=node.meta["val"].dtype), *args)
+        target: Any = node.target
         with torch.no_grad():
-            value = node.target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
+            value = target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
         sources = [entry for entry in read if entry in self.names]
         if sources:
             first = self.values[sources[0]]
@@ -263,7 +264,9 @@ class _Rebuild:
             return ""
         for part, entry in (("weight", weight), ("bias", bias)):
             known = self.state.get(f"{name}.{part}")
-            if self._is_computed(entry) and known is not None and not torch.equal(known, self.values[entry]):
+            if entry is None or known is None or not self._is_computed(entry):
+                continue
+            if not torch.equal(known, self.values[entry]):
                 return ""
         return name
 
@@ -276,16 +279,19 @@ class _Rebuild:
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
             return None
-        new = self.values[source]
-        if new not in self.layers or not all(
-            entry is None or _is_known(self.values[entry]) for entry in node.args[1:5]
-        ):
+        new, norm = self.values[source], self._norm(node)
+        if new not in self.layers or not all(entry is None or _is_known(entry) for entry in norm):
             return None
         plain = op_of(new) in _CONVOLUTIONS or new.meta["val"].ndim == 2
         return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
 
+    def _norm(self, node: fx.Node) -> list[Any]:
+        """Factor, shift, mean and variance of a batch norm, None where it has none."""
+        given: tuple[Any, ...] = node.args[1:5]
+        return [None if entry is None else self.values[entry] for entry in given]
+
     def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
-        scale, shift, mean, variance = (None if arg is None else self.values[arg] for arg in node.args[1:5])
+        scale, shift, mean, variance = self._norm(node)
         epsilon = float(node.args[7])  # type: ignore[arg-type]
         name = self.layers[layer]
         weight, bias = self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()
