@@ -5,7 +5,8 @@
 Writes ``benchmarks/results/zoo.json``, rows of other models kept. Weights are random, since only shapes and arithmetic
 are asked about. Each model has a process of its own, so that its peak of memory is its own, and one thread; seconds are
 processor seconds, which other programs on the machine hardly change. A model is traced and searched for 20 trials on
-the simulated engine (pruning only, budget 0.7x, no baselines, few images: scores of noise say nothing); the best
+the simulated engine (pruning only, budget 0.7x, no baselines, few images, channels in the order of their weights'
+norms: scores of noise say nothing, and of random weights all orders are alike); the best
 policy's file is then run on ONNX Runtime and compared with its torch twin. ``edited`` says whether files come from the
 template (milliseconds a policy) or from a full export each (seconds); ``compress`` is one policy that keeps half of
 every group.
@@ -67,7 +68,7 @@ def measure(name: str, trials: int, images: int) -> dict[str, Any]:
     from autocomp.config import SearchConfig
     from autocomp.errors import AutocompError
     from autocomp.models import wrap_model
-    from autocomp.policy import Policy
+    from autocomp.policy import Policy, Recipe
     from autocomp.study.conduct import conduct, manifest_of
     from autocomp.study.run import Run
     from autocomp.study.search import begin
@@ -87,10 +88,11 @@ def measure(name: str, trials: int, images: int) -> dict[str, Any]:
         space="prune", trials=trials, baseline_trials=0, finalists=1,
         calibration_images=CALIBRATION, search_images=images, selection_images=images,
     )  # fmt: skip
+    recipe = Recipe(importance="group_l2", reconstruction="auto", rounding="nearest", images=CALIBRATION)
     stages = Stages()
     row: dict[str, Any] = {"model": name, "size": size, "seconds": stages.seconds, "peak_mb": stages.peak_mb}
     try:
-        bench = prepare(config, stages, model)
+        bench = prepare(config, stages, model, recipe=recipe)
     except AutocompError as error:
         return {**row, "refused": str(error)}
     stages.begin("compress")

@@ -257,6 +257,38 @@ class TestPlace:
         graph = LayerGraph(nodes, "mul", (layer,), (), (), parameters_of((layer,)))
         assert set(quantized(graph, Policy(precisions={"a": INT8}))) == {"x", "conv"}
 
+    def test_the_scale_of_an_excited_map_is_quantized_with_it(self) -> None:
+        """Behind a sigmoid or another gate; a second map that is float leaves a product in float."""
+        layers = tuple(Layer(name, "conv", name, (4, 4, 1, 1), 16, (1, 1), (0, 0), (1, 1)) for name in "ab")
+        nodes = (
+            Node("x", "input", (), (4, 4, 4)),
+            Node("a", "conv2d", ("x",), (4, 4, 4)),
+            Node("sigmoid", "sigmoid", ("a",), (4, 4, 4)),
+            Node("silu", "mul", ("a", "sigmoid"), (4, 4, 4)),
+            Node("mean", "mean", ("silu",), (4, 1, 1)),
+            Node("gate", "hardsigmoid", ("mean",), (4, 1, 1)),
+            Node("scaled", "mul", ("gate", "silu"), (4, 4, 4)),
+            Node("tanh", "tanh", ("scaled",), (4, 4, 4)),
+            Node("product", "mul", ("scaled", "tanh"), (4, 4, 4)),
+            Node("b", "conv2d", ("product",), (4, 4, 4)),
+        )
+        graph = LayerGraph(nodes, "b", layers, (), (), parameters_of(layers))
+        found = quantized(graph, Policy(precisions={"a": INT8}))
+        assert set(found) == {"x", "a", "sigmoid", "silu", "gate", "scaled"}
+        assert quantized(graph, Policy(precisions={"b": INT8})).keys() == {"product", "b"}
+
+    def test_a_linear_layer_over_several_axes_writes_floats(self) -> None:
+        layers = tuple(Layer(name, "linear", name, (4, 4), 7) for name in "ab")
+        nodes = (
+            Node("x", "input", (), (7, 4)),
+            Node("a", "linear", ("x",), (7, 4)),
+            Node("gelu", "gelu", ("a",), (7, 4)),
+            Node("b", "linear", ("gelu",), (7, 4)),
+            Node("add", "add", ("x", "b"), (7, 4)),
+        )
+        graph = LayerGraph(nodes, "add", layers, (), (), parameters_of(layers))
+        assert set(quantized(graph, Policy(precisions=every(graph)))) == {"x", "gelu"}
+
     @given(st.lists(st.booleans(), min_size=8, max_size=8), st.lists(st.booleans(), min_size=3, max_size=3))
     def test_of_any_policy(self, int8: list[bool], drops: list[bool]) -> None:
         graph = residual_net(3)

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.apply import Compressed
 from autocomp.compress.naming import reason_of
-from autocomp.compress.onnx_sizes import write_products, write_sizes
+from autocomp.compress.onnx_sizes import renew_sizes, write_products, write_sizes
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
@@ -132,6 +132,7 @@ def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Te
         ) from error
     assert program is not None
     proto = program.model_proto
+    renew_sizes(proto)
     for initializer in proto.graph.initializer:
         if initializer.name in restored:
             initializer.raw_data = restored[initializer.name].numpy().tobytes()

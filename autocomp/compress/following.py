@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from autocomp.compress.arguments import argument_of, axes_of, picked_axes
 from autocomp.compress.channels import Channels, cut_axis, varying
 from autocomp.compress.naming import op_of
 
@@ -168,11 +169,11 @@ class _Follower(fx.Interpreter):
         if op in _ELEMENTWISE:
             return self._joined(operands)
         if op in _MOVING:
-            if op == "slice" and _argument(node, "step") not in (None, 1):
-                self._fix(first, [_argument(node, "dim")], f"its channels are picked by {op}")
+            if op == "slice" and argument_of(node, "step") not in (None, 1):
+                self._fix(first, [argument_of(node, "dim")], f"its channels are picked by {op}")
             return self._moved(node)
         if op in _PICKING:
-            self._fix(first, _picked(node), f"its channels are picked by {op}")
+            self._fix(first, picked_axes(node), f"its channels are picked by {op}")
             return self._moved(node)
         if op == "cat":
             return self._concatenated(node, value)
@@ -181,16 +182,16 @@ class _Follower(fx.Interpreter):
         if op in _POOLING and isinstance(value, Tensor) and first.labels is not None:
             return self._mixed(first.labels, range(-_POOLING[op], 0), mixed)
         if op in _REDUCING and first.labels is not None:
-            axes = _axes(_argument(node, "dim"), len(first.shape))
+            axes = axes_of(argument_of(node, "dim"), len(first.shape))
             labels = self._mixed(first.labels, axes, mixed)
             return labels if value.ndim == labels.ndim else labels.squeeze(tuple(axes))
         if op in _ALONG and first.labels is not None:
-            return self._mixed(first.labels, [_argument(node, "dim")], mixed)
+            return self._mixed(first.labels, [argument_of(node, "dim")], mixed)
         if op == "batch_norm":
             return self._batch_norm(node, operands)
         if op in ("layer_norm", "rms_norm") and first.labels is not None:
             self._pin(operands[1:], mixed)
-            return self._mixed(first.labels, range(-len(_argument(node, "normalized_shape")), 0), mixed)
+            return self._mixed(first.labels, range(-len(argument_of(node, "normalized_shape")), 0), mixed)
         if op in ("matmul", "bmm") and min(len(operand.shape) for operand in operands) > 1 and len(operands) == 2:
             return self._product(first, operands[1], mixed).labels
         if op == "scaled_dot_product_attention":
@@ -295,7 +296,7 @@ class _Follower(fx.Interpreter):
     def _concatenated(self, node: fx.Node, value: Tensor) -> Tensor:
         """Labels of a concatenation, made of one entry on every axis on which none vary, cut along one axis at once:
         what is done to a class token is done to the tokens beside it."""
-        axis = int(_argument(node, "dim") or 0) % value.ndim
+        axis = int(argument_of(node, "dim") or 0) % value.ndim
         parts = [self._expanded(self._operand(entry)) for entry in node.args[0]]  # type: ignore[union-attr, arg-type]
         needed = {axis}.union(*(varying(part) for part in parts))
         for other in set(range(value.ndim)) - needed:
@@ -307,13 +308,13 @@ class _Follower(fx.Interpreter):
 
     def _padded(self, node: fx.Node, labels: Tensor, value: Tensor) -> Tensor:
         """Labels behind a padding: 0 for what is added on an axis on which they vary, unless it repeats values."""
-        sides = list(_argument(node, "pad"))
+        sides = list(argument_of(node, "pad"))
         for back in range(len(sides) // 2):
             axis = labels.ndim - 1 - back
             if axis not in varying(labels):
                 labels = labels.narrow(axis, 0, 1)
                 sides[2 * back : 2 * back + 2] = 0, 0
-        if any(sides) and _argument(node, "mode") not in (None, "constant"):
+        if any(sides) and argument_of(node, "mode") not in (None, "constant"):
             self._channels.pin(labels, "its channels are padded with copies of others")
         return torch.constant_pad_nd(labels, sides, 0).expand(value.shape)
 
@@ -357,7 +358,7 @@ class _Follower(fx.Interpreter):
         )
         scores = self._product(query, turned, reason)
         scores = _Operand(scores.labels, (*query.shape[:-1], key.shape[-2]))
-        mask = _argument(node, "attn_mask")
+        mask = argument_of(node, "attn_mask")
         if isinstance(mask, fx.Node):
             scores = self._pair(scores, self._operand(mask))
         if scores.labels is not None:
@@ -373,30 +374,3 @@ def _aligned(operand: _Operand, rank: int) -> _Operand:
     """An operand with leading axes of size 1, as broadcasting gives it."""
     shape = (1,) * (rank - len(operand.shape)) + operand.shape
     return _Operand(None if operand.labels is None else operand.labels.expand(shape), shape)
-
-
-def _argument(node: fx.Node, name: str) -> Any:
-    """An operator's argument by its name, its default where it is not given."""
-    assert isinstance(node.target, torch._ops.OpOverload)
-    for position, argument in enumerate(node.target._schema.arguments):
-        if argument.name == name:
-            if position < len(node.args):
-                return node.args[position]
-            return node.kwargs.get(name, argument.default_value)
-    return None
-
-
-def _axes(dims: Any, rank: int) -> list[int]:
-    """Axes as a list, all of them where none is given."""
-    if dims is None or dims == []:
-        return list(range(rank))
-    return [dims] if isinstance(dims, int) else list(dims)
-
-
-def _picked(node: fx.Node) -> list[int]:
-    """Axes on which an operator names positions."""
-    if op_of(node) == "index":
-        indices: Any = node.args[1]
-        return [axis for axis, index in enumerate(indices) if index is not None]
-    dims = _argument(node, "dims") if op_of(node) in ("roll", "flip") else _argument(node, "dim")
-    return [0] if dims is None else _axes(dims, 0)

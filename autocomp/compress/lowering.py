@@ -188,8 +188,8 @@ class _Rebuild:
         args, kwargs = fx.map_arg((own, node.kwargs), self.values.__getitem__)
         if op.startswith("new_"):
             args = (torch.empty(0, dtype=node.meta["val"].dtype), *args)
+        target: Any = node.target
         with torch.no_grad():
-            target: Any = node.target
             value = target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
         sources = [entry for entry in read if entry in self.names]
         if sources:
@@ -272,16 +272,19 @@ class _Rebuild:
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
             return None
-        new = self.values[source]
-        given: Any = [entry for entry in node.args[1:5] if entry is not None]
-        if new not in self.layers or not all(_is_known(self.values[entry]) for entry in given):
+        new, norm = self.values[source], self._norm(node)
+        if new not in self.layers or not all(entry is None or _is_known(entry) for entry in norm):
             return None
         plain = op_of(new) in _CONVOLUTIONS or new.meta["val"].ndim == 2
         return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
 
+    def _norm(self, node: fx.Node) -> list[Any]:
+        """Factor, shift, mean and variance of a batch norm, None where it has none."""
+        given: tuple[Any, ...] = node.args[1:5]
+        return [None if entry is None else self.values[entry] for entry in given]
+
     def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
-        given: Any = node.args[1:5]
-        scale, shift, mean, variance = (None if entry is None else self.values[entry] for entry in given)
+        scale, shift, mean, variance = self._norm(node)
         epsilon = float(node.args[7])  # type: ignore[arg-type]
         name = self.layers[layer]
         weight, bias = self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()

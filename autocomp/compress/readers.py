@@ -7,10 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.moments import Moments
 from autocomp.graph import Group, Member
 
 __all__ = ["Reader", "readers_of"]
+
+TALL = 4  # rows for each column from which a factor of the inner products is smaller to work with
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Reader:
     """A layer that reads a group.
 
     Attributes:
-        weight: (out * pooled, features); float64, or float32 above 2,048 features.
+        weight: (out * pooled, features), or where that is tall (features, features) with the same inner products of
+            columns, of which all criteria are made; float64, or float32 above 2,048 features.
         features: (channels, width), the features of each of the group's channels.
         moments: of all features.
     """
@@ -54,4 +58,6 @@ def _reader(member: Member, weight: Tensor, moments: Moments) -> Reader:
     columns = np.asarray(member.positions)[:, :, None] * per_entry + np.arange(per_entry)
     index = np.stack([np.unique(entry) for entry in columns.reshape(len(member.positions), -1) // pooled])
     flat = weight.to(dtype).reshape(weight.shape[0], features, pooled).transpose(1, 2).flatten(0, 1)
+    if len(flat) > TALL * features:
+        flat = damped_cholesky(flat.T @ flat, 0.0).T
     return Reader(flat, torch.from_numpy(index), moments)

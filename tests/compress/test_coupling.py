@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from autocomp.capabilities import Numerics
 from autocomp.compress import export_onnx, run, trace
@@ -141,7 +142,7 @@ def test_a_cut_model_is_the_one_with_zeros_in_its_place(name: str) -> None:
     assert not torch.allclose(cut, run(traced.module, batch), rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["shuffle", "excitation"])
+@pytest.mark.parametrize("name", ["shuffle", "excitation", "attention", "windows"])
 def test_an_exported_file_is_edited_to_the_cut_model(name: str) -> None:
     _, traced, batch, _ = traced_case(name)
     graph = traced.graph
@@ -173,6 +174,46 @@ def test_what_stops_a_channel_is_named() -> None:
         ("patches", "attention.out_proj", "mlp.3"), "its channels are mixed by layer_norm"
     )
     assert traced_case("slices")[1].graph.left_whole == {"every": "its channels are picked by slice"}
+
+
+WORK = {
+    "attention": 4 * 16 * 48 + 5 * (48 * 16 + 16 * 16 + 2 * 16 * 32) + 16 * 5,  # patches, tokens, head
+    "windows": 4 * (12 * 12 + 36 * 12 + 12 * 12) + 12 * 5,
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_work_is_counted_for_one_image_wherever_the_batch_is(name: str) -> None:
+    """PyTorch's attention has the batch second, then as one axis with the sequence."""
+    graph = traced_case(name)[1].graph
+    assert graph.macs(Policy()) == WORK[name]
+    assert all(min(node.shape, default=1) > 0 for node in graph.nodes)
+
+
+class Computed(nn.Module):
+    """A weight and a bias that are computed from parameters, as a weight norm and Swin V2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.normed = weight_norm(nn.Conv2d(3, 8, 3))
+        self.plain, self.head = nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.plain.bias.clone()
+        bias[2:4].zero_()
+        return self.head(F.relu(F.conv2d(F.silu(self.normed(x)), self.plain.weight, bias)).mean((2, 3)))
+
+
+def test_what_is_computed_from_parameters_is_a_parameter() -> None:
+    torch.manual_seed(0)
+    model, batch = Computed().eval(), images(3, 6)
+    traced = trace(model, batch[:2])
+    graph, tensors = traced.graph, tensors_of(traced.module)
+    assert {group.name: group.channels for group in graph.groups} == {"normed": 8, "plain": 6}
+    assert graph.left_whole == {} and not tensors["plain.bias"][2:4].any()
+    torch.testing.assert_close(tensors["normed.weight"], model.normed.weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(run(traced.module, batch), model(batch), rtol=1e-4, atol=1e-5)
 
 
 class Sorted(nn.Module):
