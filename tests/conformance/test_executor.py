@@ -317,7 +317,7 @@ def test_what_is_computed_sooner_than_sent_does_not_travel(
 
 
 def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
-    far: Prologue, bench: Workbench, tmp_path: Path
+    far: Prologue, bench: Workbench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     draw = np.random.default_rng(0)
     pixels, labels = draw.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8), np.arange(48) % 10
@@ -344,6 +344,7 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
     assert all(other.losses > local[-1].losses for other in local[:-1])  # so that it cannot be stopped early
     events: list[Event] = []
     found = far.crew.trainer()(module, module, images, recipe, events.append, tmp_path / "far" / "finetune.pt")
+    assert capsys.readouterr().out == ""
     assert found.recipe == recipes[-1]
     assert found.losses == (9.0, local[-1].losses[1])
     assert all(np.array_equal(found.tensors[name], value) for name, value in local[-1].tensors.items())

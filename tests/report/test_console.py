@@ -8,7 +8,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from autocomp.outcome import Note, Phase, SearchResult, Stage, Step, TrialDone
+from autocomp.outcome import EpochDone, Fleet, Note, Phase, SearchResult, Stage, Step, TrialDone
 from autocomp.policy import Policy
 from autocomp.report import LiveScreen, print_estimate, print_result
 from autocomp.results import Interval, LatencyEstimate, Score, TrialResult
@@ -157,6 +157,26 @@ def test_failed_trials_count_and_have_no_best() -> None:
         live(Phase("search", 2))
         live(TrialDone(TrialResult(0, "search", Policy(), "failed", error="broken")))
     assert re.fullmatch(r"search: 1 trial in \d+ s\n", file.getvalue().splitlines(keepends=True)[-1])
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.417, ", device timing 42% of the time"), (None, "")])
+def test_a_clusters_counts_stand_in_the_line(share: float | None, said: str) -> None:
+    live, file = screen(terminal=False)
+    with live:
+        live(Phase("search", 20))
+        live(Fleet(7, 9, 1, 2, share))
+        for number in range(2):
+            live(TrialDone(trial(number, 0.5)))
+    counts = rf"9 trials on 7 workers, \S+/min{said}, 1 workers lost, 2 trials sent again"
+    assert re.search(counts, file.getvalue().splitlines()[0])
+
+
+def test_epochs_of_training_tell_their_loss() -> None:
+    live, file = screen(terminal=False)
+    with live:
+        live(Phase("finetune", 9))
+        live(EpochDone(1, 0.51234))
+    assert file.getvalue().startswith("epoch 1: loss 0.512\n")
 
 
 def test_phases_without_trials_tell_their_time() -> None:

@@ -122,9 +122,12 @@ def test_trials_missing_from_the_front_are_owned_up_to(make_result: Make) -> Non
 def test_failures_are_listed_with_stage_and_error_and_cut_at_ten(make_result: Make) -> None:
     text = render(make_result(), {})
     assert "- trial 132 (search), build: the engine refused node conv2d_7 | and said so" in text
-    failed = [TrialResult(n, "search", Policy(), "failed", stage="time", error=f"reason {n}") for n in range(14)]
+    failed = [
+        TrialResult(n, "search", Policy(), "failed", stage="time", error=f"reason {n}", log=f"failures/{n}.txt")
+        for n in range(14)
+    ]
     text = render(make_result(front=tuple(failed)), {})
-    assert "reason 9" in text and "reason 10" not in text and "- and 4 more" in text
+    assert "reason 9 (`failures/9.txt`)" in text and "reason 10" not in text and "- and 4 more" in text
 
 
 def test_device_versions_and_command_come_from_the_run_folder(make_result: Make, tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from io import StringIO
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def finetune_on_ray(
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
-    ended = [(result.metrics or {}, result.config or {}) for result in tuner.fit()]
+    with redirect_stdout(StringIO()):  # for its banner
+        results = tuner.fit()
+    ended = [(result.metrics or {}, result.config or {}) for result in results]
     _, best = min(ended, key=lambda end: (-end[0].get("epoch", 0), end[0].get("loss", inf)))
     shutil.rmtree(records)
     chosen, kept = job.at(best["lr"])
