@@ -33,6 +33,7 @@ def export_onnx(traced: Traced) -> bytes:
     tensors = tensors_of(traced.module)
     placeholders = _distinct(tensors, traced.graph)
     module = rebuild(traced.module, traced.graph, {**tensors, **placeholders})
+    write_sizes(module, traced.graph)
     return _export(module, traced.graph, {name: tensors[name] for name in placeholders})
 
 
@@ -51,6 +52,7 @@ def export_compressed(compressed: Compressed) -> bytes:
     tensors |= {name: torch.from_numpy(weight.real) for name, weight in compressed.weights.items()}
     placeholders = _distinct(tensors, graph)
     module = rebuild(compressed.module, graph, {**tensors, **placeholders})
+    write_sizes(module, graph)
     _write_pairs(module, compressed)
     return _export(module, graph, {name: tensors[name] for name in placeholders})
 
@@ -111,7 +113,6 @@ def _distinct(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Ten
 
 def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Tensor]) -> bytes:
     """Export, then give the stand-ins their values back. The module is changed."""
-    write_sizes(module, graph)
     write_products(module, graph)
     example = torch.zeros(2, *graph.input_shape)
     try:

@@ -81,7 +81,7 @@ def renew_sizes(model: onnx.ModelProto) -> None:
     nodes, images = list(model.graph.node), model.graph.input[0].name
     del model.graph.node[:]
     for node in nodes:
-        words = next((entry.value.split() for entry in node.metadata_props if entry.key == "sizes"), [])
+        words: list[str] = next((entry.value.split() for entry in node.metadata_props if entry.key == "sizes"), [])
         parts = []
         for index, word in enumerate(words):
             name = f"{node.output[0]}_size_{index}"
@@ -128,8 +128,8 @@ def _is_spread_anyway(node: fx.Node, shapes: Mapping[fx.Node, Any]) -> bool:
 
 def _flattened_from(node: fx.Node, shapes: Mapping[fx.Node, Any]) -> int:
     """The axis from which all to the last are joined; 0 where some behind them stay."""
-    (source, *_), (start, end) = node.args, (argument_of(node, name) for name in ("start_dim", "end_dim"))
-    rank = len(shapes[source])
+    start, end = (argument_of(node, name) for name in ("start_dim", "end_dim"))
+    rank = len(shapes[node.all_input_nodes[0]])
     return int(start) % rank if end % rank == rank - 1 else 0
 
 
