@@ -10,7 +10,7 @@ from autocomp.graph import LayerGraph
 __all__ = ["footprint"]
 
 MOMENT_BYTES = 12  # of an entry while it is summed in float64 and turned into float32
-FILES = 5  # copies of all parameters to come: equalized, exported, as template, file and engine
+FILES = 5  # copies of all parameters to come: equalized, exported, in template, file and engine
 LIVE = 2  # values of an operator, its input and output, that are there at once
 
 
@@ -29,7 +29,7 @@ def footprint(graph: LayerGraph, images: int) -> Mapping[str, int]:
         moments += MOMENT_BYTES * features**2
     largest = max(prod(node.shape) for node in graph.nodes)
     return {
-        "for copies of its parameters": 4 * FILES * sum(map(prod, graph.parameters.values())),
+        f"for {FILES} more copies of its parameters": 4 * FILES * sum(map(prod, graph.parameters.values())),
         "for the second moments of what its layers read": moments,
         f"for {images:,} calibration images": 4 * images * (prod(graph.input_shape) + prod(graph.output_shape)),
         "for the values of one batch": 4 * LIVE * min(BATCH, images) * largest,

@@ -1,6 +1,6 @@
 """The user's own torch datasets and loaders as splits."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
@@ -176,22 +176,14 @@ def _open(part: object, source: str) -> DatasetSplit:
 
 
 def _parted(batch: Any, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images and labels of a collated batch."""
-    entries = [batch] if isinstance(batch, torch.Tensor) else batch
-    if isinstance(batch, Mapping) or (
-        isinstance(entries, Sequence)
-        and entries
-        and (isinstance(entries[0], Mapping | list | tuple) or len(entries) > 2)
-    ):
+    """Images and labels of a collated batch; None for labels where it has images alone."""
+    entries = batch if isinstance(batch, list | tuple) else [batch]
+    if len(entries) > 2 or any(isinstance(entry, Mapping | list | tuple) for entry in entries[:1]):
         raise DataError(
             f"{source}: items are more than an image and a label, but engines are fed one image tensor: yield (image, "
             "label), and wrap the model in a module that computes its other inputs or holds them as buffers"
         )
-    if (
-        not isinstance(entries, Sequence)
-        or not 0 < len(entries) <= 2
-        or not all(isinstance(x, torch.Tensor) for x in entries)
-    ):
+    if not entries or not all(isinstance(entry, torch.Tensor) for entry in entries):
         raise DataError(f"{source}: items are not pairs (image tensor, label): make them so, or yield images alone")
     return entries[0], entries[1] if len(entries) == 2 else None
 

@@ -236,7 +236,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
 
 def _copied(module: nn.Module, spec: str) -> nn.Module:
     parameters = sum(value.numel() * value.element_size() for value in (*module.parameters(), *module.buffers()))
-    refuse_larger(spec, {"for its parameters": COPIES * parameters})
+    refuse_larger(spec, {f"for {COPIES} copies of its parameters": COPIES * parameters})
     try:
         return copy.deepcopy(module)
     except (RuntimeError, TypeError, pickle.PickleError) as error:

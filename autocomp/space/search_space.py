@@ -182,6 +182,7 @@ class SearchSpace:
             raise SpaceError(
                 f"search space {self.name} leaves nothing to choose for this model on this engine: allow smaller kept "
                 f"ratios (channels go in multiples of {multiple}), another precision, or dropped branches"
+                + (f", or exclude fewer than {len(held)} layers" if held else "")
             )
         return PolicySpace(graph, tuple(decisions), self.kept)
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from autocomp.budget import parse_budgets
 from autocomp.errors import ConfigError, EngineError
 from autocomp.study.score import Predictions, Scorer, kl_divergence, load_metric, paired_interval
+from autocomp.study.trial import Limits
 
 RANDOM = np.random.default_rng(0)
 
@@ -61,6 +63,14 @@ def test_agreement_is_counted_where_outputs_are_logits_alone() -> None:
     assert (own.divergence, own.accuracy, own.agreement) == (2.0, None, None)
     labelled = Scorer(None, reference, True, distance).of(found)  # type: ignore[arg-type]
     assert (labelled.divergence, labelled.accuracy, labelled.agreement) == (2.0, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("budgets", "idle"),
+    [(["11ms"], True), (["9ms"], False), (["0.5x"], False), (["11ms", "3MB"], True), (["11ms", "1MB"], False)],
+)
+def test_limits_that_the_uncompressed_engine_keeps_are_idle(budgets: list[str], idle: bool) -> None:
+    assert Limits(parse_budgets(budgets), {"p50": 10.0}, 10**6, 2 * 10**6).idle == idle
 
 
 def test_a_metric_that_is_not_finite_is_refused() -> None:
