@@ -155,30 +155,41 @@ def many() -> dict[str, Any]:
 
 
 def search() -> dict[str, Any]:
-    """The default job under the simulated engine, alone and with two actors, each from a start without caches."""
-    flags = ["search", "--engine", "simulated", "--budget", "0.5x", "--batch", "32", "--trials", "32"]
-    flags += ["--baseline-trials", "8", "--wave", "8"]
-    begun_s, ended_s, contenders = {}, {}, {}
+    """The default job under the simulated engine, alone and with two actors, each from a start without caches.
+
+    The start, until the first wave is asked for, is taken twice, in both orders; the shorter counts.
+    """
+    starts: dict[str, list[float]] = {"local": [], "ray": []}
+    ended_s, contenders = {}, {}
     with TemporaryDirectory() as folder:
-        for name, more in (("local", []), ("ray", ["--executor", "ray", "--address", "local", "--workers", "2"])):
-            run, home = Path(folder) / name, Path(folder) / f"{name}-home"
+        for turn, name in enumerate(("ray", "local", "local", "ray")):
+            run = Path(folder) / str(turn)
             begun = time.perf_counter()
-            homes = {"XDG_CACHE_HOME": str(home), "XDG_DATA_HOME": str(home)}
-            process = _autocomp([*flags, *more, "--out", str(run)], {**os.environ, **homes})
+            process = _default_job(run, name)
             _wait_for(run / "journal.jsonl", '"wave"')
-            begun_s[name] = time.perf_counter() - begun
+            starts[name].append(time.perf_counter() - begun)
+            if turn < 2:
+                process.kill()
             process.wait()
-            ended_s[name] = time.perf_counter() - begun
-            contenders[name] = load_result(run).contenders
+            if turn >= 2:
+                ended_s[name], contenders[name] = time.perf_counter() - begun, load_result(run).contenders
     found = {
         "local_s": ended_s["local"],
         "ray_s": ended_s["ray"],
         "ratio": ended_s["ray"] / ended_s["local"],
-        "start_s": begun_s["ray"] - begun_s["local"],
+        "start_s": min(starts["ray"]) - min(starts["local"]),
         "same_best": contenders["ray"] == contenders["local"],
     }
     show("the default job", tuple(found), [tuple(f"{value:.3g}" for value in found.values())])
-    return {"search": found}
+    return {"search": {**found, "starts_s": starts}}
+
+
+def _default_job(run: Path, executor: str) -> "subprocess.Popen[bytes]":
+    words = ["search", "--engine", "simulated", "--budget", "0.5x", "--batch", "32", "--trials", "32"]
+    words += ["--baseline-trials", "8", "--wave", "8", "--out", str(run)]
+    if executor == "ray":
+        words += ["--executor", "ray", "--address", "local", "--workers", "2"]
+    return _autocomp(words, {**os.environ, **dict.fromkeys(("XDG_CACHE_HOME", "XDG_DATA_HOME"), f"{run}-home")})
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy, Recipe
 from autocomp.protocols import Backend, Engine
 from autocomp.space import PolicySpace, SearchSpace
-from autocomp.study.executors import EXECUTORS
 from autocomp.study.loading import load
 from autocomp.study.predicted import target_of
 from autocomp.study.score import load_metric
@@ -222,12 +221,8 @@ def backend_spec(config: SearchConfig) -> BackendSpec:
 
 def _refuse_unknown_names(config: SearchConfig) -> None:
     """What is made only later is looked up now, before anything is loaded or written."""
-    for kind, name, known in (
-        ("controller", config.controller, CONTROLLERS),
-        ("executor", config.executor, EXECUTORS),
-    ):
-        if name not in known:
-            raise ConfigError(f"unknown {kind} {name!r}: use {', '.join(known)}")
+    if config.controller not in CONTROLLERS:
+        raise ConfigError(f"unknown controller {config.controller!r}: use {', '.join(CONTROLLERS)}")
     load_metric(config.metric)
 
 

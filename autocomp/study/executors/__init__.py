@@ -44,8 +44,10 @@ def hire(config: SearchConfig) -> Crew:
     """The crew that a configuration names. Workers elsewhere start while this process prepares what they will need.
 
     Raises:
-        ConfigError: a cluster that does not answer or does not suffice.
+        ConfigError: no executor of this name, or a cluster that does not answer or does not suffice.
     """
+    if config.executor not in EXECUTORS:
+        raise ConfigError(f"unknown executor {config.executor!r}: use {', '.join(EXECUTORS)}")
     if config.executor == "local":
         return LocalCrew()
     crew: Crew = _ray().RayCrew(config)

@@ -58,10 +58,12 @@ def workers_of(config: SearchConfig) -> int:
 
 def _connect(address: str | None) -> None:
     """Raises: ConfigError if nobody answers, or somebody of another version does."""
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
+    asked = address or os.environ.get("RAY_ADDRESS") or "local"
+    where = asked
     try:
-        where = where if where.startswith("ray://") else canonicalize_bootstrap_address(address) or where
-        host, _, port = where.removeprefix("ray://").rpartition(":")
+        found = asked if asked.startswith("ray://") else canonicalize_bootstrap_address(address)
+        where = found or asked if asked in ("auto", "local") else asked
+        host, _, port = (found or "").removeprefix("ray://").rpartition(":")
         if host and port.isdigit():  # Ray itself waits for minutes
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
         ray.init(address, include_dashboard=None if where != "local" else False, logging_level=logging.ERROR,

@@ -16,7 +16,8 @@ from ray.tune.schedulers import ASHAScheduler
 from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.data import Indexed
 from autocomp.errors import CompressError
-from autocomp.outcome import EpochDone, Event, Observer, Phase
+from autocomp.outcome import EpochDone, Event, Note, Observer, Phase
+from autocomp.study.worker import line_of
 from autocomp.train import TrainingRecipe, Tuned, finetune
 
 __all__ = ["RATES", "finetune_on_ray"]
@@ -86,6 +87,9 @@ def finetune_on_ray(
     )
     with redirect_stdout(StringIO()):  # for its banner
         results = tuner.fit()
+    if results.errors:
+        failed = f"{len(results.errors)} of {len(results)} trainings on the cluster failed"
+        observer(Note(f"{failed}, the last one so: {line_of(results.errors[-1])}"))
     ended = [(result.metrics or {}, result.config or {}) for result in results]
     _, best = min(ended, key=lambda end: (-end[0].get("epoch", 0), end[0].get("loss", inf)))
     shutil.rmtree(records)
