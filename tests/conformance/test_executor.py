@@ -364,12 +364,15 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
         for name, value in small.items()
         if value != getattr(SearchConfig(), name)
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", f"--address=http://{cluster.head_node.webui_url}",
-         f"--working-dir={sent}", "--", sys.executable, "-m", "autocomp", "search", *flags, f"--out={kept}"],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    said = done.stdout + done.stderr
+    deadline, said = time.monotonic() + 120, "No available agent"
+    while "No available agent" in said and time.monotonic() < deadline:  # a head that has just started has none yet
+        done = subprocess.run(
+            [sys.executable, "-m", "ray.scripts.scripts", "job", "submit",
+             f"--address=http://{cluster.head_node.webui_url}", f"--working-dir={sent}", "--", sys.executable, "-m",
+             "autocomp", "search", *flags, f"--out={kept}"],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        said = done.stdout + done.stderr
     assert "exit code 3" in said, said  # a simulated engine verifies nothing
     (trial,) = load_result(kept).front
     assert trial.score is not None and trial.score.divergence == 0.25

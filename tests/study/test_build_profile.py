@@ -23,6 +23,7 @@ from autocomp.study.build_profile import Built, Job, Progress, build_profile, jo
 from autocomp.study.guidance import known_profile, obtain_profile
 from autocomp.study.profiles import check_profile, find_profile, predict_policy, standing
 from autocomp.study.profiling import _timed
+from autocomp.study.steady import WAITS_S
 from autocomp.study.workbench import EditEmitter, Workbench, backend_spec, prepare
 
 CONFIG = SearchConfig(
@@ -78,7 +79,7 @@ def engine_ms(bench: Workbench, policy: Policy) -> float:
 
 
 def test_predictions_after_a_build_are_the_engines(tmp_path: Path) -> None:
-    built = build(tmp_path, seconds=70)
+    built = build(tmp_path, seconds=110)
     assert built.engines > 20 and built.busy == 0 and built.added == len(built.profile.kernels)
     predictor = Predictor(built.profile)
     bench = prepare(replace(CONFIG, batch=2), ignore)
@@ -252,7 +253,7 @@ def test_a_profile_is_stale_when_the_reference_is_off_by_more_than_a_tenth(fresh
     assert found.rebuild == (
         "autocomp profile build --fresh --like simulated-1t --engine simulated --threads 1 --hardware simulated"
     )
-    assert pauses == [5.0, 10.0, 20.0]  # other work, which may end, would have slowed it as well
+    assert pauses == list(WAITS_S)  # other work, which may end, would have slowed it as well
     other = check_profile(replace(fresh, engine="simulated (of old)"), SearchConfig(), ignore, pauses.append)
     assert other.standing.kind == "stale" and other.drifts == () and "--fresh" in other.rebuild
     for changed, said in (
