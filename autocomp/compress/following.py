@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from autocomp.compress.arguments import argument_of, axes_of, picked_axes
 from autocomp.compress.channels import Channels, cut_axis, varying
 from autocomp.compress.naming import op_of
+from autocomp.compress.shapes import Shapes
 
 __all__ = ["Followed", "follow"]
 
@@ -104,7 +105,7 @@ class _Operand:
     shape: tuple[int, ...]
 
 
-class _Follower(fx.Interpreter):
+class _Follower(Shapes):
     """Runs a model on an example without values and keeps labels beside their shapes."""
 
     def __init__(self, module: fx.GraphModule, layers: Mapping[str, str], shared: frozenset[str]) -> None:
@@ -113,10 +114,6 @@ class _Follower(fx.Interpreter):
         self._channels = self.followed.channels
         self._layers = layers
         self._shared = shared
-
-    def fetch_attr(self, target: str) -> Tensor:
-        tensor: Tensor = super().fetch_attr(target)
-        return tensor.to("meta")
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.arguments import argument_of
 from autocomp.compress.naming import op_of, value_of
+from autocomp.compress.shapes import Shapes
 from autocomp.compress.sizes import slice, split
 from autocomp.graph import LayerGraph
 
@@ -52,7 +53,7 @@ def write_sizes(module: fx.GraphModule, graph: LayerGraph) -> None:
     (0) from what it reads. Where that does not say it all, it carries metadata ``sizes`` for `renew_sizes`; what is
     split by tensors carries their names as metadata ``pieces``, for the sizes to be renewed by a policy.
     """
-    runs = [_Shapes(module), _Shapes(module)]
+    runs = [_Known(module), _Known(module)]
     with torch.no_grad():
         for shapes, batch in zip(runs, BATCHES, strict=True):
             shapes.run(torch.empty(batch, *graph.input_shape, device="meta"))
@@ -99,16 +100,12 @@ def renew_sizes(model: onnx.ModelProto) -> None:
         model.graph.node.append(node)
 
 
-class _Shapes(fx.Interpreter):
+class _Known(Shapes):
     """Runs a module without values and keeps their shapes, and the numbers between them."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.found: dict[fx.Node, Any] = {}
-
-    def fetch_attr(self, target: str) -> Tensor:
-        tensor: Tensor = super().fetch_attr(target)
-        return tensor.to("meta")
 
     def run_node(self, node: fx.Node) -> Any:
         value = super().run_node(node)

@@ -1,7 +1,7 @@
 """From a user's model to a `LayerGraph` and the module that runs it."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from autocomp.compress.coupling import admit, couple
 from autocomp.compress.exporting import state_of
 from autocomp.compress.lowering import Lowered, Norm, lower
 from autocomp.compress.naming import op_of, reason_of, value_of
+from autocomp.compress.shapes import Shapes
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
 from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.errors import ModelError
@@ -207,14 +208,19 @@ class _Trial:
 
     def drops(self, branches: Sequence[Branch]) -> bool:
         """Whether the model without these branches still gives logits of its shape."""
-        shapes = replace(self, example=self.example.to("meta"))
-        found = shapes._outputs({name: tensor.to("meta") for name, tensor in self.tensors.items()}, branches)
+        example = self.example.to("meta")
+        found = _tried(lambda: Shapes(rebuild(self.module, self.graph, self.tensors, branches)).run(example))
         return found is not None and found.shape[1:] == self.graph.output_shape
 
-    def _outputs(self, tensors: Mapping[str, Tensor], dropped: Sequence[Branch] = ()) -> Tensor | None:
-        try:
-            with torch.no_grad():
-                found = rebuild(self.module, self.graph, tensors, dropped)(self.example)
-        except (RuntimeError, ValueError, IndexError):  # shapes do not fit: what this trial is there to find out
-            return None
-        return found if isinstance(found, Tensor) else None
+    def _outputs(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return _tried(lambda: rebuild(self.module, self.graph, tensors)(self.example))
+
+
+def _tried(compute: Callable[[], Any]) -> Tensor | None:
+    """A tensor, None where shapes do not fit: what a trial is there to find out."""
+    try:
+        with torch.no_grad():
+            found = compute()
+    except (RuntimeError, ValueError, IndexError):
+        return None
+    return found if isinstance(found, Tensor) else None
