@@ -2,14 +2,13 @@
 
     python -m benchmarks.zoo [--models resnet18 ...] [--trials 20] [--images 2]
 
-Writes ``benchmarks/results/zoo.json``, rows of other models kept. Weights are random, since only shapes and arithmetic
-are asked about. Each model has a process of its own, so that its peak of memory is its own, and one thread; seconds are
-processor seconds, which other programs on the machine hardly change. A model is traced and searched for 20 trials on
-the simulated engine (pruning only, budget 0.7x, no baselines, few images, channels in the order of their weights'
-norms: scores of noise say nothing, and of random weights all orders are alike); the best
-policy's file is then run on ONNX Runtime and compared with its torch twin. ``edited`` says whether files come from the
-template (milliseconds a policy) or from a full export each (seconds); ``compress`` is one policy that keeps half of
-every group.
+Writes ``benchmarks/results/zoo.json``: rows of the models asked for, those of others kept. Weights are random, since
+only shapes and arithmetic are asked about. Each model has a process of its own, so that its peak of memory is its
+own, and one thread; seconds are processor seconds. A model is traced and searched for 20 trials on the simulated
+engine (pruning only, budget 0.7x, no baselines, few images, channels in the order of their weights' norms: scores of
+noise say nothing, and of random weights all orders are alike). The best policy's file is then run on ONNX Runtime and
+compared with its torch twin. ``edited`` says whether files come from the template (milliseconds a policy) or from a
+full export each (seconds); ``compress`` is one policy that keeps half of every group.
 """
 
 import argparse
