@@ -150,14 +150,17 @@ def _no_gc() -> Iterator[None]:
 def _draw(blocks: Sequence[Block], rng: np.random.Generator) -> NDArray[np.int64]:
     """How often each block occurs: shape (1 + replicates, blocks); the first row is the sample itself."""
     owner = np.array([block.build for block in blocks])
-    builds = [np.flatnonzero(owner == build) for build in np.unique(owner)]
-    counts = np.zeros((_REPLICATES + 1, len(blocks)), np.int64)
-    counts[0] = 1
-    for row in counts[1:]:
-        for choice in rng.integers(len(builds), size=len(builds)):
-            own = builds[choice]
-            row[own] += np.bincount(rng.integers(len(own), size=len(own)), minlength=len(own))
-    return counts
+    _, builds = np.unique(owner, return_inverse=True)
+    sizes = np.bincount(builds)
+    members = np.argsort(builds, kind="stable")  # blocks of the first build, then those of the second, ...
+    starts = np.cumsum(sizes) - sizes
+    chosen = rng.integers(len(sizes), size=(_REPLICATES, len(sizes)))
+    places = (rng.random((*chosen.shape, sizes.max())) * sizes[chosen][..., None]).astype(np.int64)
+    drawn = members[np.minimum(starts[chosen][..., None] + places, len(blocks) - 1)]
+    within = np.arange(sizes.max()) < sizes[chosen][..., None]  # as many of a build as it has
+    rows = np.broadcast_to(np.arange(_REPLICATES)[:, None, None], drawn.shape)
+    counts = np.bincount((rows * len(blocks) + drawn)[within], minlength=_REPLICATES * len(blocks))
+    return np.concatenate([np.ones((1, len(blocks)), np.int64), counts.reshape(_REPLICATES, len(blocks))])
 
 
 def _quantiles(times: Sequence[NDArray[np.float64]], counts: NDArray[np.int64], quantile: float) -> NDArray[np.float64]:
@@ -166,11 +169,15 @@ def _quantiles(times: Sequence[NDArray[np.float64]], counts: NDArray[np.int64], 
     owner = np.repeat(np.arange(len(times)), [len(entry) for entry in times])
     order = np.argsort(pooled, kind="stable")
     pooled, owner = pooled[order], owner[order]
-    result = np.empty(len(counts))
-    for start in range(0, len(counts), 100):  # in slices, to stay small in memory
-        reached = np.cumsum(counts[start : start + 100, owner], axis=1)
-        result[start : start + 100] = pooled[np.argmax(reached >= quantile * reached[:, -1:], axis=1)]
-    return result
+    below = np.cumsum(owner[:, None] == np.arange(len(times)), axis=0)  # of each block, up to each sample
+    wanted = quantile * (counts @ below[-1])
+    low, high = np.zeros(len(counts), np.int64), np.full(len(counts), len(pooled) - 1)
+    while np.any(low < high):  # bisection for the first sample at which each row has reached what it wants
+        middle = (low + high) // 2
+        enough = np.einsum("rb,rb->r", counts, below[middle]) >= wanted
+        low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
+    found: NDArray[np.float64] = pooled[low]
+    return found
 
 
 def _bounds(
