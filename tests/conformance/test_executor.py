@@ -362,7 +362,7 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
     flags = [
         f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, list) else value}"
         for name, value in small.items()
-        if value != getattr(SearchConfig(), name)
+        if value != [] and value != getattr(SearchConfig(), name)
     ]
     deadline, said = time.monotonic() + 120, "No available agent"
     while "No available agent" in said and time.monotonic() < deadline:  # a head that has just started has none yet

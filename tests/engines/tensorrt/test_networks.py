@@ -124,9 +124,13 @@ def resnet56(shared: Path, cifar10_npz: Path) -> Trained:
 
 
 def mixed(graph: LayerGraph, seed: int) -> Policy:
-    """Some channels pruned, and a random precision for every layer."""
+    """Some channels pruned, and a random precision for every layer.
+
+    Half of the stem's stream takes a quarter of the accuracy here, and with it the margins that agreement is about.
+    """
     rng = np.random.default_rng(seed)
-    kept = {group.name: group.channels - 8 for group in graph.groups if rng.random() < 0.4}
+    inner = [group for group in graph.groups if group.name != graph.layers[0].name]
+    kept = {group.name: group.channels - 8 for group in inner if rng.random() < 0.4}
     kinds = {layer.name: (FP32, FP16, INT8)[rng.integers(3)] for layer in graph.layers}
     return graph.normalise(Policy(kept, frozenset(), kinds))
 
