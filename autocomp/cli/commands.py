@@ -98,7 +98,7 @@ def search(
     controller: Annotated[
         Text, typer.Option(help="evolution, guided, tpe, nsga2, gp, cmaes, ddpg or random [evolution]")
     ] = None,
-    trials: Annotated[Whole, typer.Option(help="policies to evaluate [24]")] = None,
+    trials: Annotated[Whole, typer.Option(help="policies to evaluate [16]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,
     executor: Annotated[Text, typer.Option(help="where trials run: local or ray [local]")] = None,
