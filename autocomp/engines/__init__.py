@@ -7,13 +7,14 @@ from autocomp.engines.lock import device_lock
 from autocomp.engines.onnx_graph import Template, emit, load_template
 from autocomp.engines.packing import with_codes
 from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest
-from autocomp.engines.timing import compare, estimate, merge
+from autocomp.engines.timing import clear_of, compare, estimate, merge
 
 __all__ = [
     "BACKENDS",
     "BackendSpec",
     "Template",
     "by_graph_value",
+    "clear_of",
     "compare",
     "device_lock",
     "emit",

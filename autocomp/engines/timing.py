@@ -1,7 +1,7 @@
 """Timing of two engines side by side, and what the samples say."""
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import ceil
 
@@ -13,16 +13,33 @@ from autocomp.errors import BudgetError, EngineError
 from autocomp.protocols import Engine
 from autocomp.results import Block, Interval, LatencyEstimate, Timing, TimingProtocol
 
-__all__ = ["compare", "estimate", "merge"]
+__all__ = ["Settled", "clear_of", "compare", "estimate", "merge"]
 
-_STABLE = 0.02  # warm-up ends when two blocks in a row agree this well
+_STABLE = 0.02  # warm-up ends when times fall by less than this from one block to the next
+_CLEAR = 0.2  # an engine this far from a limit, as a fraction, is clear of it after two blocks
 _PATIENCE = 5  # warm-up lasts at most this many times its shortest length
 _REPLICATES = 2000
 _QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 _SAMPLES = {"p50": 1, "p95": 200, "p99": 1000}  # fewer do not reach into the tail
 
 
-def compare(candidate: Engine, reference: Engine, protocol: TimingProtocol, build: int = 0) -> Timing:
+Settled = Callable[[Sequence[Block]], bool]
+"""Whether the blocks kept so far answer what a timing was asked for."""
+
+
+def clear_of(limit: float) -> Settled:
+    """For a timing that asks on which side of a ratio an engine lies: two blocks in a row far over, or far under it."""
+
+    def settled(blocks: Sequence[Block]) -> bool:
+        ratios = [float(np.median(block.candidate_ms) / np.median(block.reference_ms)) for block in blocks[-2:]]
+        return len(ratios) == 2 and (min(ratios) > (1 + _CLEAR) * limit or max(ratios) < (1 - _CLEAR) * limit)
+
+    return settled
+
+
+def compare(
+    candidate: Engine, reference: Engine, protocol: TimingProtocol, build: int = 0, settled: Settled | None = None
+) -> Timing:
     """Time two built engines in interleaved blocks.
 
     Both are warmed up until stable. Then ``protocol.blocks`` pairs of blocks are taken, the order within a pair
@@ -32,6 +49,7 @@ def compare(candidate: Engine, reference: Engine, protocol: TimingProtocol, buil
         candidate, reference: of the same batch size, on the same device.
         protocol: see there; ``builds`` has no meaning here.
         build: number written into the blocks.
+        settled: asked after each pair of blocks; ends the timing sooner.
 
     Raises:
         EngineError: an engine failed or reported no time.
@@ -43,10 +61,10 @@ def compare(candidate: Engine, reference: Engine, protocol: TimingProtocol, buil
             order = (0, 1) if len(taken) % 2 == 0 else (1, 0)
             times = {index: pairs[index][0].time(pairs[index][1]) for index in order}
             taken.append(Block(build, tuple(times[0].tolist()), tuple(times[1].tolist())))
-            if len(taken) < protocol.blocks:
-                continue
             timing = merge([Timing(tuple(taken))], protocol.max_drift)
             if len(timing.blocks) >= protocol.blocks or len(taken) >= 2 * protocol.blocks:
+                return timing
+            if settled is not None and settled(timing.blocks):
                 return timing
 
 
@@ -128,7 +146,7 @@ def _repeats(engine: Engine, protocol: TimingProtocol) -> int:
         if not total > 0:
             raise EngineError("the engine reported no time: its clock is too coarse for this model")
         spent += total
-        stable = abs(median / before - 1) <= _STABLE
+        stable = median >= (1 - _STABLE) * before  # what is not warm yet only gets faster; noise goes both ways
         if spent >= protocol.warmup_ms and (stable or spent >= _PATIENCE * protocol.warmup_ms):
             return max(protocol.min_repeats, ceil(protocol.block_ms / median))
         before = median

@@ -17,11 +17,13 @@ class TimeTask:
         onnx: the file.
         structure: digest of what its latency depends on.
         usual_ms: that the uncompressed engine takes.
+        limit: on the ratio, where it is enough to know that an engine is far from it.
     """
 
     onnx: bytes
     structure: str
     usual_ms: float
+    limit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,14 @@ class Limits:
         """Whether the uncompressed engine meets the budgets already."""
         return all(violation <= 0 for violation in self.violations(1.0, self.macs, self.size_bytes))
 
+    @property
+    def ratio(self) -> float | None:
+        """The least ratio that a latency budget allows; None where latency is not what is limited."""
+        if self.goal == "speed":
+            return None
+        limited = [(b, self.latency_ms[b.statistic or "p50"]) for b in self.budgets if b.metric == "latency"]
+        return min((budget.limit_for(own) / own for budget, own in limited), default=None)
+
     def scaled(self, factor: float) -> Self:
         """The same with the uncompressed engine's latencies multiplied."""
         return replace(self, latency_ms={name: factor * value for name, value in self.latency_ms.items()})
@@ -200,7 +208,8 @@ class Trials(Worker):
         return LatencyKey.of(structure_digest(onnx), self.reference_structure, self.device, self.backend.batch)
 
     def _timing(self, onnx: bytes, key: LatencyKey) -> TimeTask:
-        return TimeTask(onnx, key.structure, self.current().latency_ms["p50"])
+        usual = self.current()
+        return TimeTask(onnx, key.structure, usual.latency_ms["p50"], usual.ratio)
 
     def _keep(self, key: LatencyKey, timed: Timed) -> float:
         self.cache.put(LatencyEntry(key, timed.ratio, timed.reference_ms))

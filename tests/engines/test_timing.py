@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from autocomp.engines import compare, estimate, merge
+from autocomp.engines import clear_of, compare, estimate, merge
 from autocomp.errors import BudgetError, EngineError
 from autocomp.results import Block, Timing, TimingProtocol
 
@@ -137,6 +137,37 @@ def test_warm_up_goes_on_until_stable() -> None:
     protocol = TimingProtocol(warmup_ms=10, blocks=1, block_ms=30, min_repeats=1)
     timing = compare(Scripted([20.0, 9.0, 5.0, 3.0, 3.0]), Scripted([1.0]), protocol)
     assert len(timing.blocks[0].candidate_ms) == 10
+
+
+def test_warm_up_does_not_wait_for_noise_to_end() -> None:
+    """Times that go up and down by more than a stable engine's, without getting faster."""
+    log: list[str] = []
+    protocol = TimingProtocol(warmup_ms=40, blocks=1, block_ms=10, min_repeats=1)
+    compare(Scripted([10.0, 9.0, 11.0] * 20, log, "c"), Scripted([10.0], [], "r"), protocol)
+    assert len(log) <= 6  # four runs of ten ms, one more where the last was faster, and the block
+
+
+@pytest.mark.parametrize(
+    ("candidate", "blocks"),
+    [
+        ([7.0], 2),  # at 0.7x, far over the limit of 0.5x
+        ([3.0], 2),
+        ([5.9], 5),  # over it, but not by enough
+        ([4.1], 5),
+        ([7.0, 3.0, 7.0, 7.0], 4),  # two in a row
+        ([7.0, 3.0, 7.0, 3.0, 7.0, 3.0], 5),
+    ],
+)
+def test_a_timing_far_from_its_limit_ends_after_two_blocks(candidate: list[float], blocks: int) -> None:
+    protocol = TimingProtocol(warmup_ms=1, blocks=5, block_ms=1, min_repeats=1)
+    timing = compare(Scripted([*candidate[:1], *candidate]), Scripted([10.0]), protocol, settled=clear_of(0.5))
+    assert len(timing.blocks) == blocks
+
+
+def test_two_blocks_of_which_one_drifted_settle_nothing() -> None:
+    protocol = TimingProtocol(warmup_ms=1, blocks=5, block_ms=1, min_repeats=1)
+    timing = compare(Scripted([9.0]), Scripted([10.0, 10.0, 14.0, 10.0]), protocol, settled=clear_of(0.5))
+    assert (len(timing.blocks), timing.rejected) == (2, 1)
 
 
 def test_drifted_blocks_are_taken_again_but_not_for_ever() -> None:
