@@ -64,6 +64,15 @@ def test_statistics_come_from_the_latency_budgets() -> None:
     assert statistics_of(parse_budgets(["4MB"])) == ("p50",)
 
 
+def test_the_tightest_latency_budget_bounds_the_ratio() -> None:
+    def bound(*budgets: str, goal: Any = "accuracy") -> float | None:
+        return Limits(parse_budgets(budgets), {"p50": 20.0, "p95": 30.0}, 1, 1, goal).ratio
+
+    assert bound("0.5x") == 0.5 and bound("15ms", "p95:15ms", "4MB") == 0.5 and bound("0.9x", "5ms") == 0.25
+    assert bound("4MB") is None  # there every latency will do
+    assert bound("0.5x", goal="speed") is None  # the ratio itself is wanted
+
+
 def test_the_reference_has_a_median_too_where_another_statistic_is_budgeted() -> None:
     blocks = tuple(Block(build, (0.5,) * 9 + (0.7,), (1.0,) * 9 + (3.0,)) for build in range(5) for _ in range(8))
     latency = reference_latency(estimate(Timing(blocks), "p95"))
