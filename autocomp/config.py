@@ -85,7 +85,7 @@ class SearchConfig:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     controller: str = "evolution"
-    trials: int = 24
+    trials: int = 16
     baseline_trials: int | None = None
     seed: int = 0
     executor: str = "local"
