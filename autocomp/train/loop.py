@@ -24,7 +24,7 @@ from autocomp.train.recipe import TrainingRecipe
 
 __all__ = ["Trainer", "Tuned", "finetune"]
 
-KEEP_EVERY = 500
+KEEP_EVERY = 100
 """Steps between checkpoints, beside those after each epoch."""
 STATISTICS = ("running_mean", "running_var")
 """Last names of tensors that no gradient reaches."""
