@@ -32,8 +32,8 @@ from autocomp.data import Indexed
 from autocomp.outcome import EpochDone, Event, Step
 from autocomp.policy import INT8, Policy
 from autocomp.storage import write_atomic
-from autocomp.study.finetune import trained, training_images
 from autocomp.study.score import paired_interval, predict
+from autocomp.study.training import Course, trained, training_images
 from autocomp.study.workbench import Workbench
 from autocomp.train import TrainingRecipe
 from benchmarks.common import cifar10, save, shared, show
@@ -55,7 +55,7 @@ class Job:
     work: Path
 
 
-def tuned(bench: Workbench, policy: Policy, recipe: TrainingRecipe, checkpoint: Path) -> dict[str, Any]:
+def tuned(bench: Workbench, policy: Policy, recipe: TrainingRecipe, title: str, work: Path) -> dict[str, Any]:
     """Accuracy of a policy before and after training, on the engine."""
 
     def predictions(compressed: Compressed) -> Any:
@@ -64,10 +64,10 @@ def tuned(bench: Workbench, policy: Policy, recipe: TrainingRecipe, checkpoint: 
 
     def watch(event: Event) -> None:
         if isinstance(event, EpochDone):
-            print(f"{checkpoint.stem}: epoch {event.number}, loss {event.loss:.4f}", file=sys.stderr, flush=True)
+            print(f"{title}: epoch {event.number}, loss {event.loss:.4f}", file=sys.stderr, flush=True)
 
     before = predictions(bench.emitter.finish(policy))
-    compressed, found = trained(bench, policy, training_images(bench), recipe, watch, checkpoint)
+    compressed, found = trained(Course(bench, training_images(bench), recipe, watch, work), policy)
     after = predictions(compressed)
     return {
         "policy": policy.digest,
@@ -96,7 +96,7 @@ def compare(
         if row is None or row["policy"] != policy.digest:
             if role not in job.roles:
                 continue
-            row = tuned(made(), policy, recipe, path.with_suffix(".pt"))
+            row = tuned(made(), policy, recipe, path.stem, job.work)
             write_atomic(path, json.dumps(row))
         rows[role] = row
         save("finetune", {job.part: {"epochs": job.epochs, "rows": rows, "ratios": dict(ratios)}})
@@ -159,7 +159,7 @@ def epoch(job: Job) -> None:
                 times.append(process_time())
 
         with tempfile.TemporaryDirectory() as folder:
-            trained(bench, policy, few, recipe, watch, Path(folder) / "state.pt")
+            trained(Course(bench, few, recipe, watch, Path(folder)), policy)
         return float(np.median(np.diff(times))) * len(images) / recipe.batch
 
     found = {}
