@@ -283,8 +283,8 @@ def _training_due(config: SearchConfig, result: SearchResult) -> bool:
 
 def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer, train: Trainer) -> SearchResult:
     """A finished search's result after the fine-tuning that its configuration asks for."""
-    config, epochs = bench.config, bench.config.finetune_epochs
-    recipe = recipe_of(config, {"epochs": epochs})
+    config = bench.config
+    recipe = recipe_of(config, {"epochs": config.finetune_epochs})
     try:
         with storage_errors(run.folder):
             course = Course(bench, training_images(bench), recipe, observer, run.folder, train)
@@ -295,5 +295,5 @@ def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observe
         observer(Note(f"not fine-tuned: {error}"))
         return result
     except KeyboardInterrupt:
-        raise Interrupted(run.folder, f"autocomp finetune {{run}} --epochs {epochs}") from None
+        raise Interrupted(run.folder) from None
     return found.result

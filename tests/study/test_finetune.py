@@ -18,6 +18,7 @@ from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.errors import ConfigError, DataError, InputError, RunError
 from autocomp.outcome import Phase, Step
+from autocomp.study import front
 from autocomp.study.conduct import Interrupted
 from autocomp.study.run import Run
 from autocomp.study.verify import Verdict
@@ -114,22 +115,45 @@ def test_a_search_fine_tunes_its_best_as_the_command_does(run: Path, tmp_path: P
         if isinstance(event, Phase) and event.name == "selection" and any((tmp_path / "whole").glob("finetune-*.pt")):
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match=r"go on with: autocomp finetune .*whole --epochs 2"):
+    with pytest.raises(Interrupted, match=r"go on with: autocomp resume .*whole$"):
         api.run_search(config, stopped)
     searched = contents(run)
     same = {"model.onnx", "weights.safetensors"}
     assert same <= contents(tmp_path / "whole").keys()
     assert all(contents(tmp_path / "whole")[name] == searched[name] for name in same)
     assert (tmp_path / "whole" / "report.md").exists()
-    went_on = api.finetune(tmp_path / "whole", {"epochs": 2})
+    went_on = api.resume(tmp_path / "whole")
     apart = api.finetune(run, {"epochs": 2})
-    assert went_on.replaced == apart.replaced and went_on.losses == apart.losses
+    assert went_on.best is not None and apart.result.best is not None
+    assert went_on.best.test_accuracy == apart.result.best.test_accuracy
+    ended = (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    assert api.resume(tmp_path / "whole").best == went_on.best  # nothing is left to do
+    assert (tmp_path / "whole" / "journal.jsonl").read_bytes() == ended
     assert all(contents(tmp_path / "whole")[name] == contents(run)[name] for name in same)
     found = api.run_search(replace(config, out=str(tmp_path / "once")))
     assert all(contents(tmp_path / "once")[name] == contents(run)[name] for name in same)
-    assert found.best is not None and apart.result.best is not None
+    assert found.best is not None
     assert found.best.test_accuracy == apart.result.best.test_accuracy
     assert api.load_result(tmp_path / "once") == replace(found, front=api.load_result(tmp_path / "once").front)
+
+
+def test_a_front_goes_on_with_the_training_that_was_stopped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "FRONT", (0.9,))
+    stored = SearchConfig.from_json(json.loads((run / "manifest.json").read_text())["config"])
+    config = replace(stored, front=True, trials=2, finetune_epochs=1, out=str(tmp_path / "front"))
+
+    def stopped(event: Any) -> None:
+        if isinstance(event, Step) and any(tmp_path.glob("front/0.9x/result.json")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="the same command with --out"):
+        api.run_front(config, stopped)
+    (point,) = api.run_front(config).points
+    (entry,) = [entry for entry in Run.entries_of(tmp_path / "front" / "0.9x") if entry["kind"] == "finetune"]
+    assert point.result is not None and ("fine-tuned" in " ".join(point.result.notes)) == (entry["reason"] is None)
+    assert api.load_result(tmp_path / "front" / "0.9x").best == point.result.best
 
 
 def without_training(prepare: Any) -> Any:
