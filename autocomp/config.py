@@ -22,6 +22,7 @@ _POSITIVE = (
     "batch",
     "trials",
     "finalists",
+    "finetune_finalists",
     "wave",
     "size",
     "calibration_images",
@@ -60,6 +61,7 @@ class SearchConfig:
         gpus_per_worker: that each of them takes, a fraction where several share one.
         target_resource: Ray resource of the nodes that measure; None where this machine does.
         finetune_epochs: that the best found is trained for after the search, as ``autocomp finetune`` does; 0 for none.
+        finetune_finalists: policies of which training decides which is trained to its end, at most.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
         out: run folder; None for ``runs/<timestamp>-<model>-<budget>``.
@@ -94,6 +96,7 @@ class SearchConfig:
     gpus_per_worker: float = 0.0
     target_resource: str | None = None
     finetune_epochs: int = 0
+    finetune_finalists: int = 3
     finalists: int = 3
     wave: int = 4
     out: str | None = None

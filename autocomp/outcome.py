@@ -8,7 +8,7 @@ from typing import Any, Self
 from autocomp.budget import Budget
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy
-from autocomp.results import Interval, LatencyEstimate, TrialResult
+from autocomp.results import Contest, Interval, LatencyEstimate, TrialResult
 
 __all__ = [
     "PREDICTED",
@@ -298,6 +298,7 @@ class SearchResult:
         layers: what ``best`` does to each layer; empty where there is no best.
         trust: in the score that guided the search; None where too few policies were scored.
         effects: what each choice of ``best`` saves and costs; empty where there is no best.
+        contest: of the policies that were fine-tuned; None where none or one was.
     """
 
     verified: bool
@@ -313,6 +314,7 @@ class SearchResult:
     layers: tuple[LayerChoice, ...] = ()
     trust: Trust | None = None
     effects: tuple[ChoiceEffect, ...] = ()
+    contest: Contest | None = None
 
     @property
     def best(self) -> Contender | None:
@@ -338,6 +340,7 @@ class SearchResult:
             "layers": [choice.to_json() for choice in self.layers],
             "trust": None if self.trust is None else self.trust.to_json(),
             "choices": [effect.to_json() for effect in self.effects],
+            "contest": None if self.contest is None else self.contest.to_json(),
         }
 
     @classmethod
@@ -357,4 +360,5 @@ class SearchResult:
             layers=tuple(LayerChoice.from_json(choice) for choice in data["layers"]),
             trust=Trust(**data["trust"]) if data.get("trust") else None,
             effects=tuple(ChoiceEffect.from_json(effect) for effect in data.get("choices", ())),
+            contest=Contest.from_json(data["contest"]) if data.get("contest") else None,
         )

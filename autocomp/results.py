@@ -6,7 +6,18 @@ from typing import Any, Literal, Self
 
 from autocomp.policy import Policy
 
-__all__ = ["Block", "Interval", "LatencyEstimate", "Score", "Status", "Timing", "TimingProtocol", "TrialResult"]
+__all__ = [
+    "Block",
+    "Contest",
+    "Entrant",
+    "Interval",
+    "LatencyEstimate",
+    "Score",
+    "Status",
+    "Timing",
+    "TimingProtocol",
+    "TrialResult",
+]
 
 Status = Literal["ok", "infeasible", "failed"]
 
@@ -224,3 +235,55 @@ class TrialResult:
         fields["violations"] = tuple(fields["violations"])
         fields["score"] = Score(**fields["score"]) if fields["score"] else None
         return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Entrant:
+    """A policy that was trained to see whether it deserves all epochs.
+
+    Attributes:
+        trial: its number.
+        divergence: on the search split: what the search ranked it by.
+        accuracies: of its engine on the selection split, top-1 in [0, 1], after each rung that it came to.
+    """
+
+    trial: int
+    divergence: float
+    accuracies: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """Which of several policies got all epochs of a fine-tuning, and how the search had ranked them.
+
+    Attributes:
+        epochs: done at each rung, where those left were compared.
+        entrants: the winner first.
+        kendall, spearman: rank correlations of the search's score with accuracy after the first rung, which all
+            entrants came to; positive where the better score came out better. None of fewer than 3 policies, and where
+            all are alike.
+        p_value: of Kendall's: how often ranks that have nothing to do with each other agree or disagree as much.
+    """
+
+    epochs: tuple[int, ...]
+    entrants: tuple[Entrant, ...]
+    kendall: float | None = None
+    spearman: float | None = None
+    p_value: float | None = None
+
+    def __str__(self) -> str:
+        trained = f"{len(self.entrants)} policies after {self.epochs[0]} epoch{'s' * (self.epochs[0] > 1)} of training"
+        if self.kendall is None or self.spearman is None:
+            return f"of {trained} the ranks are too few, or too alike, to hold the search score against"
+        return (
+            f"the search score ranks {trained} as their accuracy does with Kendall {self.kendall:.2f} "
+            f"(p = {self.p_value:.2f}), Spearman {self.spearman:.2f}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        entrants = tuple(Entrant(**{**row, "accuracies": tuple(row["accuracies"])}) for row in data["entrants"])
+        return cls(**{**data, "epochs": tuple(data["epochs"]), "entrants": entrants})

@@ -24,7 +24,7 @@ from autocomp.errors import AutocompError, EngineError, InfeasibleError, ModelEr
 from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelEstimate, KernelTime, Prediction
 from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
-from autocomp.results import Interval, LatencyEstimate
+from autocomp.results import Contest, Entrant, Interval, LatencyEstimate
 from autocomp.study.build_profile import Built, Job, Progress
 from autocomp.study.card import Card, DataCard
 from autocomp.study.finetune import Finetuned
@@ -91,11 +91,11 @@ class FakeApi:
         print("a library chats")
         return self._answer("verify_shipped", folder, data)
 
-    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], address: str | None) -> Any:
+    def finetune(self, run: Path, settings: dict[str, Any], observer: Callable[..., None], *given: Any) -> Any:
         observer(Phase("finetune", 2))
         observer(Step())
         print("a library chats")
-        return self._answer("finetune", run, settings, *([] if address is None else [address]))
+        return self._answer("finetune", run, settings, *(value for value in given if value is not None))
 
     def export(self, run: Path, kinds: list[str], out: Path) -> Any:
         print("a library chats")
@@ -179,15 +179,15 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
         "--model m:f --weights w.pt --data d:f --budget p95:15ms --budget 4MB --engine simulated --hardware board "
         "--threads 2 --batch 8 --space int8 --controller random --trials 5 --baseline-trials 0 --seed 3 "
         "--executor ray --address auto --workers 3 --gpus-per-worker 0.5 --target-resource board "
-        "--finetune-epochs 4 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 --size 64 "
-        "--calibration-images 10 --search-images 20 --selection-images 30 --out here"
+        "--finetune-epochs 4 --finetune-finalists 5 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 "
+        "--size 64 --calibration-images 10 --search-images 20 --selection-images 30 --out here"
     )
     assert run("search", *flags.split()) == 0
     expected = SearchConfig(
         model="m:f", weights="w.pt", data="d:f", budget=("p95:15ms", "4MB"), engine="simulated", hardware="board",
         threads=2, batch=8, space="int8", controller="random", trials=5, baseline_trials=0, seed=3, finalists=2, wave=6,
         mean=(0.5, 0.4), std=(1.0, 0.9), size=64, calibration_images=10, search_images=20, selection_images=30,
-        finetune_epochs=4,
+        finetune_epochs=4, finetune_finalists=5,
         out="here", executor="ray", address="auto", workers=3, gpus_per_worker=0.5, target_resource="board",
     )  # fmt: skip
     assert api.calls == [("run_search", expected)]
@@ -626,18 +626,21 @@ def test_verify_prints_its_verdict_and_leaves_with_it(
     assert all(f"`{name}`" in documented for name in printed)
 
 
+CONTEST = Contest((1,), tuple(Entrant(number, 0.1, (0.9,)) for number in range(3)), 0.33, 0.5, 1.0)
+
+
 def finetuned(reason: str | None = None) -> Finetuned:
     change = Interval(0.02, 0.01, 0.03) if reason is None else None
-    return Finetuned(finished(), reason is None, reason, (0.8, 0.82), change, (1.5, 0.5), TrainingRecipe())
+    return Finetuned(finished(), reason is None, reason, (0.8, 0.82), change, (1.5, 0.5), TrainingRecipe(), CONTEST)
 
 
 @pytest.mark.parametrize("reason", [None, "p50 0.6x is over 0.5x"])
 def test_finetune_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixture[str], reason: str | None) -> None:
     api.outcome = finetuned(reason)
-    assert run("finetune", "runs/x", "--epochs", "3", "--lr", "0.02", "--distillation", "0", "--flip", "0.1") == 0
-    assert api.calls == [("finetune", Path("runs/x"), {"epochs": 3, "lr": 0.02, "distillation": 0.0, "flip": 0.1})]
+    assert run("finetune", "runs/x", "--epochs", "3", "--lr", "0.02", "--distillation", "0", "--finalists", "4") == 0
+    assert api.calls == [("finetune", Path("runs/x"), {"epochs": 3, "lr": 0.02, "distillation": 0.0}, 4)]
     out = capfd.readouterr().out
-    assert "80.00 % before, 82.00 % after" in out and "1.5, 0.5" in out
+    assert "80.00 % before, 82.00 % after" in out and "1.5, 0.5" in out and str(CONTEST) in out
     assert (f"the run stays as it was: {reason}" if reason else "+2.00 points (+1.00 to +3.00)") in out
     assert run("finetune", "runs/x", "--json", "--address", "auto") == 0
     assert api.calls[-1] == ("finetune", Path("runs/x"), {}, "auto")

@@ -16,12 +16,13 @@ from autocomp.study.artefacts import ShippedPolicy, write_model
 from autocomp.study.card import Card, sha256
 from autocomp.study.conduct import refuse_changes
 from autocomp.study.executors import trainer
-from autocomp.study.finetune import Finetuned, finetune_run, recipe_of
+from autocomp.study.finetune import Finetuned, finetune_run
 from autocomp.study.recheck import Verification, verify_run
 from autocomp.study.run import Run, read_manifest
 from autocomp.study.ship import export_run, write_card
 from autocomp.study.shipped import ShippedVerification
 from autocomp.study.shipped import verify_shipped as check_shipped
+from autocomp.study.training import Course, recipe_of, training_images
 from autocomp.study.workbench import prepare
 
 __all__ = ["apply_policy", "export", "finetune", "verify", "verify_shipped"]
@@ -46,13 +47,18 @@ def verify(run: Path, observer: Observer | None = None) -> Verification:
 
 
 def finetune(
-    run: Path, settings: Mapping[str, Any], observer: Observer | None = None, address: str | None = None
+    run: Path,
+    settings: Mapping[str, Any],
+    observer: Observer | None = None,
+    address: str | None = None,
+    finalists: int | None = None,
 ) -> Finetuned:
-    """Train the best model of a finished run, and keep it there where the engine says that it is better.
+    """Train the best models of a finished run, and keep the one that trains best where the engine says it is better.
 
     Args:
         settings: fields of `autocomp.train.TrainingRecipe`; without ``flip`` digits are not mirrored, all else is.
         address: of another Ray cluster than the run's.
+        finalists: policies that are trained until it is clear which deserves all epochs; None for the run's own number.
 
     Raises:
         InputError: the run is not finished or of live objects, something it depends on has changed, or there are no
@@ -66,13 +72,16 @@ def finetune(
         config = replace(config, address=address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: name model and data, and search again")
+    if finalists is not None:
+        config = replace(config, finetune_finalists=finalists)
     recipe = recipe_of(config, settings)
     train = trainer(config)
     with Run.open(run) as opened:
         bench = prepare(config, watch)
         refuse_changes(opened, bench)
         with storage_errors(run):
-            found = finetune_run(bench, opened, result, recipe, watch, train)
+            course = Course(bench, training_images(bench), recipe, watch, run, train)
+            found = finetune_run(course, opened, result, config.finetune_finalists)
     if found.replaced:
         write_report(found.result, run)
     return found

@@ -19,8 +19,8 @@ from autocomp.report import write_front_report, write_report
 from autocomp.results import TrialResult
 from autocomp.storage import storage_errors
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
-from autocomp.study.executors import hire
-from autocomp.study.finetune import finetune_run, recipe_of
+from autocomp.study.executors import hire, trainer
+from autocomp.study.finetune import FINETUNED, finetune_run
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
@@ -28,6 +28,7 @@ from autocomp.study.predicted import retargeted
 from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.study import journaled_trials
+from autocomp.study.training import Course, recipe_of, training_images
 from autocomp.study.workbench import Workbench, package_versions, prepare
 from autocomp.train import Trainer
 
@@ -149,17 +150,19 @@ def _front_run(
     Raises:
         RunError: the folder holds a run of other inputs.
     """
-    config = bench.config
-    folder = Path(str(config.out))
+    folder = Path(str(bench.config.out))
     if not (folder / "manifest.json").exists():
         with Run.create(folder, manifest_of(bench)) as run:
             if before is not None:
                 hand_on(before, folder)
             return _conduct(bench, prologue, run, observer, earlier)
-    if (folder / "result.json").exists():
-        return load_result(folder)
+    finished = load_result(folder) if (folder / "result.json").exists() else None
+    if finished is not None and not _training_due(bench.config, finished):
+        return finished
     with Run.open(folder) as run:
         refuse_changes(run, bench)
+        if finished is not None:
+            return _trained(bench, run, finished, observer, prologue.crew.trainer())
         run.set_status("running")
         return _conduct(bench, prologue, run, observer, earlier)
 
@@ -176,10 +179,12 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
     manifest = read_manifest(run)
     if manifest.version != package_versions().get("autocomp", "unknown"):
         raise RunError(f"{run} was written by autocomp {manifest.version}: go on with that version")
+    config, finished = SearchConfig.from_json(manifest.config), None
     if manifest.status in ("verified", "unverified"):
         with suppress(RunError):  # without a whole result, it is made again from the journal
-            return load_result(run)
-    config = SearchConfig.from_json(manifest.config)
+            finished = load_result(run)
+    if finished is not None and not _training_due(config, finished):
+        return finished
     if address is not None:
         config = replace(config, address=address)
     if of_live_objects(config):
@@ -187,6 +192,10 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
     watch = observer or silent
     with Run.open(run) as opened, ExitStack() as stack:
         try:
+            if finished is not None:
+                train, bench = trainer(config), prepare(config, watch)
+                refuse_changes(opened, bench)
+                return _trained(bench, opened, finished, watch, train)
             crew = stack.enter_context(closing(hire(config)))
             bench = prepare(config, watch)
             refuse_changes(opened, bench)
@@ -260,21 +269,31 @@ def _conduct(
         write_report(result, run.folder)
     except KeyboardInterrupt:
         raise Interrupted(run.folder, "autocomp report {run}") from None
-    if bench.config.finetune_epochs == 0 or result.best is None:
+    if not _training_due(bench.config, result):
         return result
     return _trained(bench, run, result, observer, prologue.crew.trainer())
 
 
+def _training_due(config: SearchConfig, result: SearchResult) -> bool:
+    """The configuration asks for fine-tuning, and none has ended in the run's folder."""
+    if config.finetune_epochs == 0 or result.best is None:
+        return False
+    return not any(entry["kind"] == FINETUNED for entry in Run.entries_of(result.run))
+
+
 def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer, train: Trainer) -> SearchResult:
     """A finished search's result after the fine-tuning that its configuration asks for."""
-    epochs = bench.config.finetune_epochs
+    config = bench.config
+    recipe = recipe_of(config, {"epochs": config.finetune_epochs})
     try:
         with storage_errors(run.folder):
-            found = finetune_run(bench, run, result, recipe_of(bench.config, {"epochs": epochs}), observer, train)
+            course = Course(bench, training_images(bench), recipe, observer, run.folder, train)
+            found = finetune_run(course, run, result, config.finetune_finalists)
         write_report(found.result, run.folder)
     except (CompressError, DataError) as error:
+        run.record(FINETUNED, recipe=recipe.to_json(), reason=str(error))
         observer(Note(f"not fine-tuned: {error}"))
         return result
     except KeyboardInterrupt:
-        raise Interrupted(run.folder, f"autocomp finetune {{run}} --epochs {epochs}") from None
+        raise Interrupted(run.folder) from None
     return found.result

@@ -107,6 +107,7 @@ def search(
     gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs, or a fraction, for each of them [0]")] = None,
     target_resource: Annotated[Text, typer.Option(help="Ray resource of nodes that measure [this machine]")] = None,
     finetune_epochs: Annotated[Whole, typer.Option(help="epochs that the best found is trained for [0]")] = None,
+    finetune_finalists: Annotated[Whole, typer.Option(help="policies that begin that training [3]")] = None,
     finalists: Annotated[Whole, typer.Option(help="policies that may be verified, at most [3]")] = None,
     wave: Annotated[Whole, typer.Option(help="policies asked for at once [4]")] = None,
     front: Annotated[

@@ -39,20 +39,22 @@ def finetune(
     quantization: Annotated[Text, typer.Option(help="learned (train int8 as int8) or calibrated [learned]")] = None,
     crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
     flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
+    finalists: Annotated[int | None, typer.Option(min=1, help="policies that begin; one goes on [3]")] = None,
     address: Address = None,
     json: AsJson = None,
 ) -> None:
-    """Train a run's best model, quantize it again, and keep it where the engine says that it is better.
+    """Train a run's best models, quantize them again, and keep the one that trains best where the engine says that it
+    is better.
 
     Images that the search scored with are never trained on. Stopped, the same command goes on.
     """
-    others = ("run", "address", "json")
+    others = ("run", "finalists", "address", "json")
     given = {name: value for name, value in context.params.items() if name not in others and value is not None}
     from autocomp import api
     from autocomp.report import print_finetuned
 
     with _watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
-        found = api.finetune(run, given, observer, address)
+        found = api.finetune(run, given, observer, address, finalists)
     if json:
         print_json(found.to_json())
     else:

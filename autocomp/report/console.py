@@ -179,6 +179,8 @@ def print_finetuned(found: Finetuned, console: Console) -> None:
         f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses)}",
         f"accuracy on the selection split: {percent(before)} before, {percent(after)} after",
     ]
+    if found.contest is not None:
+        lines.append(str(found.contest))
     best = found.result.best
     if found.change is not None and best is not None:
         change = found.change

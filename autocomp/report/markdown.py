@@ -20,10 +20,12 @@ from autocomp.report.tables import (
     markdown_table,
     ordered,
     percent,
+    significant,
     statistic,
     trial_rows,
     verdict,
 )
+from autocomp.results import Contest
 
 __all__ = ["PICTURE", "REPORT", "render", "write_report"]
 
@@ -201,13 +203,33 @@ def _trials(result: SearchResult) -> str:
 
 
 def _trust(result: SearchResult) -> str:
+    text = _on_other_images(result)
+    return text if result.contest is None else f"{text}\n\n{_after_training(result.contest)}"
+
+
+def _on_other_images(result: SearchResult) -> str:
     if result.trust is None:
         return "Too few policies were scored to say how well the search score ranks them on other images."
-    text = str(result.trust)
     return (
-        f"{text[0].upper()}{text[1:]}. The policies are spread from the best score to the worst; near 1, what looked "
+        f"{_sentence(str(result.trust))} The policies are spread from the best score to the worst; near 1, what looked "
         "better in the search is better on images it never saw. Test images take no part in it."
     )
+
+
+def _after_training(contest: Contest) -> str:
+    """How the policies that were trained stood, the winner first."""
+    header = ["trial", "search score", *(f"selection split after {epochs}" for epochs in contest.epochs)]
+    rows = []
+    for entrant in contest.entrants:
+        cells = [percent(accuracy) for accuracy in entrant.accuracies]
+        out = [ABSENT] * (len(contest.epochs) - len(cells))
+        rows.append([str(entrant.trial), significant(entrant.divergence, 3), *cells, *out])
+    text = "The best of the search were trained, and those that trained best went on:"
+    return f"{text}\n\n{markdown_table(header, rows)}\n\n{_sentence(str(contest))}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _device(result: SearchResult, manifest: Mapping[str, Any]) -> str:

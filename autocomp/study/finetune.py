@@ -1,31 +1,31 @@
 """A finished run's best policy trained, quantized again, and proved once more on the engine."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_tensor
-from autocomp.config import SearchConfig
-from autocomp.data import Indexed
 from autocomp.engines import initializer_bytes
-from autocomp.errors import DataError, RunError
-from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult
-from autocomp.policy import Policy
-from autocomp.results import Interval
+from autocomp.errors import RunError
+from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
+from autocomp.results import Contest, Interval, TrialResult
 from autocomp.storage import write_atomic
 from autocomp.study.artefacts import write_model
+from autocomp.study.contest import decide, entrants_of
+from autocomp.study.explain import explained
 from autocomp.study.recheck import ENTRY, admit_here, shipped_files
 from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
+from autocomp.study.starts import quick_sensitivity
+from autocomp.study.training import Course, accuracy_of, checkpoint_of, trained
 from autocomp.study.verify import Verdict, reference_latency
 from autocomp.study.workbench import Workbench
-from autocomp.train import Trainer, TrainingRecipe, Tuned, finetune, learnable, learned
+from autocomp.train import TrainingRecipe
 
-__all__ = ["Finetuned", "finetune_run", "recipe_of", "trained", "training_images"]
+__all__ = ["FINETUNED", "Finetuned", "finetune_run"]
 
-CHECKPOINT = "finetune.pt"
+FINETUNED = "finetune"
+"""Kind of the journal's entries."""
 BEFORE = "untuned"
 """Folder of a run for the files that training replaced."""
 REPLACED = ("model.onnx", "weights.safetensors", "policy.json", "result.json")
@@ -44,6 +44,7 @@ class Finetuned:
             not replaced: the test split is not read then.
         losses: mean training loss of each epoch.
         recipe: of the training.
+        contest: by which the policy was chosen; None where only one was trained.
     """
 
     result: SearchResult
@@ -53,6 +54,7 @@ class Finetuned:
     change: Interval | None
     losses: tuple[float, ...]
     recipe: TrainingRecipe
+    contest: Contest | None = None
 
     def to_json(self) -> dict[str, Any]:
         best = self.result.best
@@ -66,71 +68,37 @@ class Finetuned:
             "best": None if best is None else best.to_json(),
             "losses": list(self.losses),
             "recipe": self.recipe.to_json(),
+            "contest": None if self.contest is None else self.contest.to_json(),
             "run": str(self.result.run),
         }
 
 
-def recipe_of(config: SearchConfig, settings: Mapping[str, Any]) -> TrainingRecipe:
-    """The recipe for a run: the settings given, its seed, and no mirrored digits.
+def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int) -> Finetuned:
+    """Train the best policies' models, integer layers as the engine computes them, and let the engine judge.
 
-    Raises:
-        ConfigError: a setting is unknown or out of range.
-    """
-    flip = 0.0 if config.data == "digits" else 0.5
-    return TrainingRecipe.from_json({"seed": config.seed, "flip": flip, **settings})
-
-
-def training_images(bench: Workbench) -> Indexed:
-    """The images that nothing is scored on.
-
-    Raises:
-        DataError: the source has none, or gives them in one order only.
-    """
-    images = bench.splits.train
-    if images is None or len(images) == 0 or not bench.splits.labelled:
-        raise DataError(
-            f"{bench.splits.source} has no training images: the run stays as it is, quantized after training alone; "
-            "give --data with a training part to a new search"
-        )
-    if not isinstance(images, Indexed):
-        raise DataError(f"{bench.splits.source}: training images must have take(indices): add it to the split")
-    return images
-
-
-def finetune_run(
-    bench: Workbench,
-    run: Run,
-    result: SearchResult,
-    recipe: TrainingRecipe,
-    observer: Observer,
-    train: Trainer = finetune,
-) -> Finetuned:
-    """Train the best policy's model, its integer layers as the engine computes them, and let the engine judge.
-
-    The trained model replaces the run's where it is as accurate on the selection split or better, and, if the run's was
-    verified, keeps every budget on fresh engines as well. Only then is the test split read. A training that was stopped
-    goes on; what was replaced lies in ``untuned``.
+    Which policy gets all epochs is decided by `decide`. The trained model replaces the run's where it is as accurate on
+    the selection split or better, and, if the run's was verified, keeps every budget on fresh engines as well. Only
+    then is the test split read. A training that was stopped goes on; what was replaced lies in ``untuned``.
 
     Args:
-        train: may choose another learning rate than the recipe's.
+        finalists: policies that are trained, at most; 1 for the run's best alone.
 
     Raises:
         RunError: the run shipped nothing, or its files are not what it shipped.
-        DataError: there are no training images.
         CompressError: training diverged; the run is as it was.
         EngineError: an engine failed.
     """
-    best = result.best
+    bench, observer, best = course.bench, course.observer, result.best
     if best is None:
         raise RunError(f"{run.folder} shipped no model: there is nothing to fine-tune")
-    images = training_images(bench)
     old, reference = shipped_files(run.folder)
-    checkpoint = run.folder / CHECKPOINT
-    compressed, tuned = trained(bench, best.policy, images, recipe, observer, checkpoint, train)
-    losses, recipe = tuned.losses, tuned.recipe
+    entrants = entrants_of(course, run, result, reference, finalists)
+    decided = decide(course, run, entrants)
+    best = _row(bench, best, decided.winner)
+    compressed, tuned = trained(course, best.policy)
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
-    before, after = (_accuracy(bench, file) for file in (old, new))
+    before, after = (accuracy_of(bench, file) for file in (old, new))
     reason, verdict = None, None
     if after < before:
         reason = f"on the selection split it reaches {100 * after:.2f} % instead of {100 * before:.2f} %"
@@ -138,67 +106,49 @@ def finetune_run(
         verdict = _verdict(bench, run, result, best, new, reference, observer)
         if best.verified and not verdict.admitted:
             reason = verdict.reason
-    run.record("finetune", recipe=recipe.to_json(), losses=list(losses), before=before, after=after, reason=reason)
+    losses, recipe, contest = tuned.losses, tuned.recipe, decided.contest
+    run.record(
+        FINETUNED, policy=best.policy.digest, recipe=recipe.to_json(), losses=list(losses), before=before, after=after,
+        reason=reason, contest=None if contest is None else contest.to_json(),
+    )  # fmt: skip
     if reason is not None or verdict is None:
         observer(Note(f"the trained model does not replace the run's: {reason}"))
-        return Finetuned(result, False, reason, (before, after), None, losses, recipe)
+        return Finetuned(result, False, reason, (before, after), None, losses, recipe, contest)
     observer(Phase("test"))
     row, base, change = _tested(bench, best, result.reference, verdict, after, (old, new, reference))
-    note = (
+    notes = [
         f"fine-tuned for {recipe.epochs} epoch{'s' * (recipe.epochs > 1)}: {100 * change.value:+.2f} points of test "
         f"accuracy ({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
-    )
+    ]
+    if contest is not None:
+        notes.append(str(contest))
     result = replace(
         result,
         verified=row.verified,
         contenders={**result.contenders, "best": row, "reference": base},
-        notes=(*result.notes, note),
+        notes=tuple(dict.fromkeys((*result.notes, *notes))),
+        contest=contest,
     )
+    if result.layers != (layers := layer_choices(bench.traced.graph, row.policy)):
+        observer(Note(f"trial {decided.winner.number} takes the place of the best found"))
+        effects = explained(bench, row.policy, quick_sensitivity(bench, run, observer), run.folder)
+        result = replace(result, layers=layers, effects=effects)
     _keep(run.folder)
     write_model(bench, compressed, run.folder, recipe.to_json())
     run.write("result.json", json.dumps(result.to_json(), indent=2))
     run.set_status("verified" if result.verified else "unverified")
-    for path in run.folder.glob(f"{checkpoint.stem}*{checkpoint.suffix}"):
-        path.unlink()
-    return Finetuned(result, True, None, (before, after), change, losses, recipe)
+    for trial in entrants:
+        kept = checkpoint_of(run.folder, trial.policy)
+        for path in run.folder.glob(f"{kept.stem}*{kept.suffix}"):
+            path.unlink()
+    return Finetuned(result, True, None, (before, after), change, losses, recipe, contest)
 
 
-def trained(
-    bench: Workbench,
-    policy: Policy,
-    images: Indexed,
-    recipe: TrainingRecipe,
-    observer: Observer,
-    checkpoint: Path,
-    train: Trainer = finetune,
-) -> tuple[Compressed, Tuned]:
-    """A policy's model trained and quantized, and what training gave.
-
-    Args:
-        checkpoint: file that a stopped training goes on from.
-
-    Raises:
-        DataError, CompressError: as `finetune`.
-    """
-    observer(Phase("compress"))
-    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
-    teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, policy)
-    if recipe.quantization == "calibrated" or not start.weights:
-        tuned = train(pruned.module, teacher, images, recipe, observer, checkpoint)
-        return _calibrated(bench, pruned, tuned.tensors, policy), tuned
-    tuned = train(learnable(start), teacher, images, recipe, observer, checkpoint)
-    tensors, weights, params = learned(start, tuned.tensors)
-    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned
-
-
-def _calibrated(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:
-    numerics, logits = bench.backend.capabilities().numerics, bench.statistics.logits
-    return quantize_tuned(pruned, tensors, policy, bench.finishing, numerics, to_tensor(bench.images), logits)
-
-
-def _accuracy(bench: Workbench, onnx: bytes) -> float:
-    with bench.backend.build(onnx) as engine:
-        return predict(engine, bench.splits.selection).accuracy
+def _row(bench: Workbench, best: Contender, winner: TrialResult) -> Contender:
+    """The run's best where it won, else a row for who did, of which nothing is measured yet."""
+    if winner.policy == best.policy:
+        return best
+    return replace(best, policy=winner.policy, macs=bench.traced.graph.macs(winner.policy))
 
 
 def _verdict(

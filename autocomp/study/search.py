@@ -17,7 +17,6 @@ from autocomp.study.artefacts import ship
 from autocomp.study.executors import Crew, Kit
 from autocomp.study.explain import explained
 from autocomp.study.finalists import Finalist
-from autocomp.study.finetune import training_images
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
 from autocomp.study.guidance import guidance
@@ -28,6 +27,7 @@ from autocomp.study.score import Predictions, Scorer, load_metric, paired_interv
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import initial_policies, quick_sensitivity
 from autocomp.study.study import FixedList, Plan, Study
+from autocomp.study.training import training_images
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.trust import gauge
 from autocomp.study.verify import (

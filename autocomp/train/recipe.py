@@ -92,6 +92,11 @@ class TrainingRecipe:
         return self.lr * (1 + cos(pi * (step - rising) / max(steps - rising, 1))) / 2
 
     @property
+    def varies(self) -> bool:
+        """An image is not the same in every epoch."""
+        return self.crop > 0 or self.flip > 0
+
+    @property
     def digest(self) -> str:
         return digest_of(self.to_json())
 

@@ -28,7 +28,7 @@ from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import BackendSpec, emit, load_template, make_backend
 from autocomp.policy import INT8, Policy, Precision, Recipe
 from autocomp.quantization import code_max
-from autocomp.train import TrainingRecipe, finetune, learnable, learned
+from autocomp.train import Training, TrainingRecipe, finetune, learnable, learned
 from tests.compress.conftest import UNSIGNED, Case
 from tests.study import tiny
 
@@ -100,7 +100,7 @@ def test_norms_that_were_not_folded_keep_their_statistics(mixed: Case) -> None:
     assert norms
     recipe = TrainingRecipe(epochs=1, batch=16, crop=0, flip=0.0)
     for module in (pruned.module, learnable(start)):
-        tuned = finetune(module, None, noise(32, 16), recipe, lambda event: None)
+        tuned = finetune(Training(module, None, noise(32, 16), recipe), lambda event: None)
         assert not tuned.tensors.keys() & set(norms)
         assert not np.array_equal(tuned.tensors["joint_bn.weight"], pruned.tensors["joint_bn.weight"])
     tensors, weights, params = learned(start, tuned.tensors)
@@ -111,7 +111,7 @@ def test_norms_that_were_not_folded_keep_their_statistics(mixed: Case) -> None:
 def test_the_engine_computes_what_was_trained(chain: Case) -> None:
     pruned, start = started(chain, policies(chain))
     student, recipe = learnable(start), TrainingRecipe(epochs=1, batch=32, lr=0.05, ema=0.0, crop=0, flip=0.0)
-    tuned = finetune(student, chain.traced.module, noise(128, 8), recipe, lambda event: None)
+    tuned = finetune(Training(student, chain.traced.module, noise(128, 8), recipe), lambda event: None)
     tensors, weights, params = learned(start, tuned.tensors)
     found = quantize_learned(pruned, tensors, start.policy, weights, params, start.numerics)
     student.load_state_dict({name: torch.from_numpy(np.asarray(value)) for name, value in tuned.tensors.items()})
@@ -138,7 +138,7 @@ def test_few_bits_need_training_with_the_codes() -> None:
         torch.manual_seed(0)
         network = tiny.model().eval()
     recipe = TrainingRecipe(epochs=4, lr=0.05, batch=64, crop=0, flip=0.0, distillation=1.0)
-    tensors = finetune(network, None, draws[0], recipe, lambda event: None).tensors
+    tensors = finetune(Training(network, None, draws[0], recipe), lambda event: None).tensors
     network.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     ((pixels, _),) = draws[1].batches(600)
     images = torch.from_numpy(pixels)
@@ -153,7 +153,7 @@ def test_few_bits_need_training_with_the_codes() -> None:
         return divergence(wanted, run(compressed.module, held_out))
 
     def trained(module: nn.Module) -> Mapping[str, NDArray[np.float32]]:
-        return finetune(module, traced.module, draws[0], recipe, lambda event: None).tensors
+        return finetune(Training(module, traced.module, draws[0], recipe), lambda event: None).tensors
 
     tuned, weights, params = learned(start, trained(learnable(start)))
     with_codes = quantize_learned(pruned, tuned, whole, weights, params, UNSIGNED)

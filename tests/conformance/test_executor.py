@@ -42,7 +42,7 @@ from autocomp.study.search import Prologue, begin
 from autocomp.study.tasks import Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
-from autocomp.train import TrainingRecipe, finetune
+from autocomp.train import Training, TrainingRecipe, finetune
 from tests.conformance import frail_parts
 from tests.conformance.frail_parts import Refusing, start
 
@@ -334,16 +334,19 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
         folder.mkdir()
         for own in recipes[1:]:  # the first one had not begun
             with pytest.raises(KeyboardInterrupt):
-                finetune(module, module, images, own, stop, folder / f"finetune.{own.lr:g}.pt")
+                finetune(Training(module, module, images, own, folder / f"finetune.{own.lr:g}.pt"), stop)
     marked = tmp_path / "far" / f"finetune.{recipes[-1].lr:g}.pt"
     state = torch.load(marked, weights_only=True)
     torch.save({**state, "losses": ((9.0,), 0.0, 0)}, marked)
     local = [
-        finetune(module, module, images, own, ignore, tmp_path / "near" / f"finetune.{own.lr:g}.pt") for own in recipes
+        finetune(Training(module, module, images, own, tmp_path / "near" / f"finetune.{own.lr:g}.pt"), ignore)
+        for own in recipes
     ]
     assert all(other.losses > local[-1].losses for other in local[:-1])  # so that it cannot be stopped early
     events: list[Event] = []
-    found = far.crew.trainer()(module, module, images, recipe, events.append, tmp_path / "far" / "finetune.pt")
+    found = far.crew.trainer()(
+        Training(module, module, images, recipe, tmp_path / "far" / "finetune.pt"), events.append
+    )
     assert capsys.readouterr().out == ""
     assert found.recipe == recipes[-1]
     assert found.losses == (9.0, local[-1].losses[1])

@@ -2,16 +2,21 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import save
 
+from autocomp import api
 from autocomp.budget import parse_budgets
 from autocomp.config import SearchConfig
+from autocomp.data.arrays import ArraySplit
+from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import BackendSpec, make_backend
 from autocomp.outcome import Contender, SearchResult
 from autocomp.policy import INT8, Policy
@@ -19,8 +24,10 @@ from autocomp.results import Block, Interval, LatencyEstimate, Timing
 from autocomp.study import recheck
 from autocomp.study import verify as verification
 from autocomp.study.run import Manifest, Run
+from autocomp.train import Training, TrainingRecipe, finetune
 from tests.engines.conftest import Case, case
 from tests.engines.nets import resnet
+from tests.study import tiny
 
 HERE = make_backend(BackendSpec()).device.to_json()
 Make = Callable[..., Path]
@@ -29,6 +36,37 @@ Make = Callable[..., Path]
 @pytest.fixture(scope="session")
 def model() -> Case:
     return case(resnet(depth=8, width=16, size=16))
+
+
+@pytest.fixture(scope="session")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a small trained network, its best pruned hard; its latency is an estimate."""
+    folder = tmp_path_factory.mktemp("finetune")
+    train, test = tiny.images(900, 0), tiny.images(400, 1)
+    np.savez(folder / "images.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
+    images = ArraySplit(*train, np.arange(900), IMAGENET, "tiny")
+    recipe = TrainingRecipe(epochs=3, lr=0.05, batch=64, crop=0, flip=0.0)  # not to its end
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = tiny.model()
+    trained = finetune(Training(network, None, images, recipe), lambda event: None)
+    (folder / "weights.safetensors").write_bytes(save(dict(trained.tensors)))
+    config = SearchConfig(
+        model="tests.study.tiny:model", weights=str(folder / "weights.safetensors"), data=f"npz:{folder}/images.npz",
+        budget=("0.4xMACs",), engine="simulated", batch=256, trials=12, baseline_trials=0, finalists=1,
+        finetune_finalists=1,
+        out=str(folder / "run"),
+        calibration_images=100, search_images=100, selection_images=200,
+    )  # fmt: skip
+    result = api.run_search(config)
+    assert result.best is not None
+    return folder / "run"
+
+
+@pytest.fixture
+def run(searched: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(searched, tmp_path / "run"))
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,58 +9,28 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import torch
 from safetensors.numpy import load, save
 
 from autocomp import api
 from autocomp.api import delivering, searching
 from autocomp.config import SearchConfig
-from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.errors import ConfigError, DataError, InputError, RunError
 from autocomp.outcome import Phase, Step
+from autocomp.study import front
 from autocomp.study.conduct import Interrupted
 from autocomp.study.run import Run
 from autocomp.study.verify import Verdict
-from autocomp.train import TrainingRecipe, finetune
 from tests.study import tiny
 
-FEW = {"calibration_images": 100, "search_images": 100, "selection_images": 200}
 GENTLE = {"epochs": 6, "lr": 0.05, "flip": 0.0, "crop": 0, "distillation": 0.1}
 
 
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a small trained network, pruned hard; its latency is an estimate."""
-    folder = tmp_path_factory.mktemp("finetune")
-    train, test = tiny.images(900, 0), tiny.images(400, 1)
-    np.savez(folder / "images.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
-    images = ArraySplit(*train, np.arange(900), IMAGENET, "tiny")
-    recipe = TrainingRecipe(epochs=3, lr=0.05, batch=64, crop=0, flip=0.0)  # not to its end
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = tiny.model()
-    trained = finetune(network, None, images, recipe, lambda event: None)
-    (folder / "weights.safetensors").write_bytes(save(dict(trained.tensors)))
-    config = SearchConfig(
-        model="tests.study.tiny:model", weights=str(folder / "weights.safetensors"), data=f"npz:{folder}/images.npz",
-        budget=("0.4xMACs",), engine="simulated", batch=256, trials=4, baseline_trials=0, finalists=1,
-        out=str(folder / "run"),
-        **FEW,
-    )  # fmt: skip
-    result = api.run_search(config)
-    assert result.best is not None
-    return folder / "run"
-
-
-@pytest.fixture
-def run(searched: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(searched, tmp_path / "run"))
-
-
 def contents(run: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file() and path.name != "journal.jsonl"}
+    """Of a run's files, but for its journal and the states of trainings."""
+    own = [path for path in run.iterdir() if path.is_file() and path.suffix not in (".jsonl", ".pt")]
+    return {path.name: path.read_bytes() for path in own}
 
 
 def accuracy(run: Path) -> float:
@@ -99,7 +68,7 @@ def test_a_better_model_takes_the_runs_place(run: Path, quantization: str) -> No
     assert {n: a.shape for n, a in old.items()} == {n: a.shape for n, a in new.items()}
     for path in (run / "untuned").iterdir():
         assert path.read_bytes() == files[path.name]
-    assert not (run / "finetune.pt").exists() and "fine-tuned for 6 epochs" in (run / "report.md").read_text()
+    assert not any(run.glob("finetune*")) and "fine-tuned for 6 epochs" in (run / "report.md").read_text()
     with pytest.raises(InputError, match="fine-tuned model, which only training makes"):
         api.apply_policy(run / "policy.json", SearchConfig(), run / "applied")
     card = api.export(run, ["onnx", "policy"], run / "shipped")
@@ -112,7 +81,7 @@ def test_a_worse_one_does_not(run: Path) -> None:
     assert not found.replaced and "on the selection split it reaches" in (found.reason or "") and found.change is None
     (entry,) = [entry for entry in Run.entries_of(run) if entry["kind"] == "finetune"]
     assert entry["reason"] == found.reason and entry["after"] < entry["before"]
-    assert {name: data for name, data in contents(run).items() if name != "finetune.pt"} == before
+    assert contents(run) == before
 
 
 def test_a_verified_run_keeps_its_budgets_or_its_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +99,7 @@ def test_a_verified_run_keeps_its_budgets_or_its_model(run: Path, monkeypatch: p
     monkeypatch.setattr("autocomp.study.finetune.admit_here", admit)
     found = api.finetune(run, GENTLE)
     assert not found.replaced and found.reason == "too slow"
-    assert {name: data for name, data in contents(run).items() if name != "finetune.pt"} == before
+    assert contents(run) == before
     events: list[Any] = []
     again = api.finetune(run, GENTLE, events.append)
     assert again.replaced and again.losses == found.losses and not any(isinstance(event, Step) for event in events)
@@ -143,25 +112,48 @@ def test_a_search_fine_tunes_its_best_as_the_command_does(run: Path, tmp_path: P
     config = replace(SearchConfig.from_json(stored), finetune_epochs=2, out=str(tmp_path / "whole"))
 
     def stopped(event: Any) -> None:
-        if isinstance(event, Phase) and event.name == "selection" and (tmp_path / "whole" / "finetune.pt").exists():
+        if isinstance(event, Phase) and event.name == "selection" and any((tmp_path / "whole").glob("finetune-*.pt")):
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match=r"go on with: autocomp finetune .*whole --epochs 2"):
+    with pytest.raises(Interrupted, match=r"go on with: autocomp resume .*whole$"):
         api.run_search(config, stopped)
     searched = contents(run)
     same = {"model.onnx", "weights.safetensors"}
     assert same <= contents(tmp_path / "whole").keys()
     assert all(contents(tmp_path / "whole")[name] == searched[name] for name in same)
     assert (tmp_path / "whole" / "report.md").exists()
-    went_on = api.finetune(tmp_path / "whole", {"epochs": 2})
+    went_on = api.resume(tmp_path / "whole")
     apart = api.finetune(run, {"epochs": 2})
-    assert went_on.replaced == apart.replaced and went_on.losses == apart.losses
+    assert went_on.best is not None and apart.result.best is not None
+    assert went_on.best.test_accuracy == apart.result.best.test_accuracy
+    ended = (tmp_path / "whole" / "journal.jsonl").read_bytes()
+    assert api.resume(tmp_path / "whole").best == went_on.best  # nothing is left to do
+    assert (tmp_path / "whole" / "journal.jsonl").read_bytes() == ended
     assert all(contents(tmp_path / "whole")[name] == contents(run)[name] for name in same)
     found = api.run_search(replace(config, out=str(tmp_path / "once")))
     assert all(contents(tmp_path / "once")[name] == contents(run)[name] for name in same)
-    assert found.best is not None and apart.result.best is not None
+    assert found.best is not None
     assert found.best.test_accuracy == apart.result.best.test_accuracy
     assert api.load_result(tmp_path / "once") == replace(found, front=api.load_result(tmp_path / "once").front)
+
+
+def test_a_front_goes_on_with_the_training_that_was_stopped(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "FRONT", (0.9,))
+    stored = SearchConfig.from_json(json.loads((run / "manifest.json").read_text())["config"])
+    config = replace(stored, front=True, trials=2, finetune_epochs=1, out=str(tmp_path / "front"))
+
+    def stopped(event: Any) -> None:
+        if isinstance(event, Step) and any(tmp_path.glob("front/0.9x/result.json")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="the same command with --out"):
+        api.run_front(config, stopped)
+    (point,) = api.run_front(config).points
+    (entry,) = [entry for entry in Run.entries_of(tmp_path / "front" / "0.9x") if entry["kind"] == "finetune"]
+    assert point.result is not None and ("fine-tuned" in " ".join(point.result.notes)) == (entry["reason"] is None)
+    assert api.load_result(tmp_path / "front" / "0.9x").best == point.result.best
 
 
 def without_training(prepare: Any) -> Any:

@@ -16,7 +16,7 @@ from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import Preprocess
 from autocomp.errors import CompressError, ConfigError, DataError, ModelError, RunError
 from autocomp.outcome import Event, Step
-from autocomp.train import TrainingRecipe, Tuned, finetune
+from autocomp.train import Training, TrainingRecipe, Tuned, finetune
 from autocomp.train.augment import augmented
 
 PLAIN = TrainingRecipe(
@@ -44,7 +44,7 @@ def split(count: int = 48, classes: int = 4) -> ArraySplit:
 
 def train(recipe: TrainingRecipe, *, teacher: nn.Module | None = None, images: Any = None, **more: Any) -> Tuned:
     observer = more.pop("observer", lambda event: None)
-    return finetune(net(), teacher, images or split(), recipe, observer, **more)
+    return finetune(Training(net(), teacher, images or split(), recipe, **more), observer)
 
 
 def whole(images: ArraySplit) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,7 @@ def test_a_student_learns_what_its_teacher_knows(recipe: TrainingRecipe) -> None
     images = split(96)
     pixels, labels = whole(images)
     teacher = net(seed=3)
-    first = finetune(teacher, None, images, replace(recipe, epochs=20), lambda event: None)
+    first = finetune(Training(teacher, None, images, replace(recipe, epochs=20)), lambda event: None)
     teacher.load_state_dict({name: torch.from_numpy(value) for name, value in first.tensors.items()})
     assert (teacher(pixels).argmax(1) == labels).float().mean() > 0.9
     tuned = train(recipe, images=images, teacher=teacher)
@@ -186,6 +186,48 @@ def test_a_stopped_training_ends_with_the_same_bits(
     assert all(np.array_equal(found.tensors[name], value) for name, value in expected.tensors.items())
     again = train(recipe, teacher=net(seed=1), checkpoint=path, observer=stopping(1))  # nothing is left to do
     assert np.array_equal(again.tensors["0.weight"], expected.tensors["0.weight"])
+
+
+def test_a_training_that_pauses_ends_with_the_same_bits(tmp_path: Path) -> None:
+    path, expected = tmp_path / "state", train(RECIPE)
+    for epochs in (1, 2, 1):  # the last one asks for less than there is, which is trained anew
+        paused = train(RECIPE, checkpoint=path, until=epochs)
+        assert paused.losses == expected.losses[:epochs]
+    found = train(RECIPE, checkpoint=path)
+    assert found.losses == expected.losses
+    assert all(np.array_equal(found.tensors[name], value) for name, value in expected.tensors.items())
+
+
+def test_the_teacher_is_asked_once_where_images_do_not_change(tmp_path: Path) -> None:
+    asked = []
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net(seed=1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            asked.append(len(images))
+            logits: Tensor = self.inner(images)
+            return logits
+
+    fixed = replace(RECIPE, crop=0, flip=0.0)
+    found = train(fixed, teacher=Counted())
+    assert asked == [10, 10, 10, 10, 8]
+    for recipe, passes in ((replace(fixed, epochs=1), 1), (replace(fixed, crop=1), 3), (replace(fixed, flip=0.5), 3)):
+        asked.clear()
+        train(recipe, teacher=Counted())
+        assert asked == passes * [10, 10, 10, 10, 8]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autocomp.train.objective.CACHE_BYTES", 0)
+        asked.clear()
+        anew = train(fixed, teacher=Counted())
+    assert len(asked) == 1 + 15  # too large: found out from the first batch
+    assert anew.losses == pytest.approx(found.losses, rel=1e-5)
+    with pytest.raises(StopError):
+        train(fixed, teacher=Counted(), checkpoint=tmp_path / "state", observer=stopping(7))
+    went_on = train(fixed, teacher=Counted(), checkpoint=tmp_path / "state")
+    assert went_on.losses == found.losses
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
@@ -241,7 +283,7 @@ def test_bad_input_is_refused() -> None:
     with pytest.raises(ModelError, match=r"the teacher gives logits \(10, 7\), the model \(10, 4\)"):
         train(RECIPE, teacher=net(7))
     with pytest.raises(DataError, match="no training images"):
-        finetune(net(), None, split().take(np.arange(0)), RECIPE, lambda event: None)
+        finetune(Training(net(), None, split().take(np.arange(0)), RECIPE), lambda event: None)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from autocomp.data import Indexed
 from autocomp.errors import CompressError
 from autocomp.outcome import EpochDone, Event, Note, Observer, Phase
 from autocomp.study.worker import line_of
-from autocomp.train import TrainingRecipe, Tuned, finetune
+from autocomp.train import Training, TrainingRecipe, Tuned, finetune
 
 __all__ = ["RATES", "finetune_on_ray"]
 
@@ -32,27 +32,26 @@ FOLDER = "tune"
 
 @dataclass(frozen=True)
 class _Job:
-    """What every trial is given: modules as they travel, images, the recipe, and the local training's checkpoint."""
+    """What every trial is given: a training whose modules travel as lists of their nodes.
+
+    Attributes:
+        kept: the local training's checkpoint.
+        epochs: to train for now.
+    """
 
     student: Packed
     teacher: Packed | None
     images: Indexed
     recipe: TrainingRecipe
-    checkpoint: Path
+    kept: Path
+    epochs: int
 
     def at(self, lr: float) -> tuple[TrainingRecipe, Path]:
         """The recipe at another learning rate, and its checkpoint."""
-        return replace(self.recipe, lr=lr), self.checkpoint.with_suffix(f".{lr:g}.pt")
+        return replace(self.recipe, lr=lr), self.kept.with_suffix(f".{lr:g}.pt")
 
 
-def finetune_on_ray(
-    module: Any,
-    teacher: Any,
-    images: Indexed,
-    recipe: TrainingRecipe,
-    observer: Observer,
-    checkpoint: Path | None = None,
-) -> Tuned:
+def finetune_on_ray(training: Training, observer: Observer) -> Tuned:
     """As `autocomp.train.finetune`, at several learning rates at once; the one whose training loss ends lowest counts.
 
     Asynchronous successive halving (Li et al., arXiv:1810.05934, algorithm 2) stops a training after an epoch in which
@@ -63,10 +62,14 @@ def finetune_on_ray(
     Raises:
         DataError, ModelError, CompressError: as `autocomp.train.finetune`; the last one where all trainings diverged.
     """
+    student: Any = training.module
+    teacher: Any = training.teacher
+    recipe, checkpoint = training.recipe, training.checkpoint
     assert checkpoint is not None
     records = checkpoint.resolve().parent / FOLDER
     shutil.rmtree(records, ignore_errors=True)
-    job = _Job(pack(module), None if teacher is None else pack(teacher), images, recipe, checkpoint.resolve())
+    sent = pack(student), None if teacher is None else pack(teacher)
+    job = _Job(*sent, training.images, recipe, checkpoint.resolve(), training.epochs)
     observer(Phase("finetune"))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # a stop is the user's: it must not look like an end
     tuner = tune.Tuner(
@@ -75,7 +78,7 @@ def finetune_on_ray(
         tune_config=tune.TuneConfig(
             metric="loss",
             mode="min",
-            scheduler=ASHAScheduler(time_attr="epoch", max_t=recipe.epochs, reduction_factor=len(RATES)),
+            scheduler=ASHAScheduler(time_attr="epoch", max_t=training.epochs, reduction_factor=len(RATES)),
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -94,18 +97,18 @@ def finetune_on_ray(
     _, best = min(ended, key=lambda end: (-end[0].get("epoch", 0), end[0].get("loss", inf)))
     shutil.rmtree(records)
     chosen, kept = job.at(best["lr"])
-    return finetune(module, teacher, images, chosen, observer, kept)  # of which nothing is left to do
+    return finetune(replace(training, recipe=chosen, checkpoint=kept), observer)  # of which nothing is left to do
 
 
 def _train(config: Mapping[str, Any], job: _Job) -> None:
     """One training; where it diverges it ends with the epochs it has."""
 
     def watch(event: Event) -> None:
-        if isinstance(event, EpochDone) and event.number < job.recipe.epochs:
+        if isinstance(event, EpochDone) and event.number < job.epochs:
             tune.report({"epoch": event.number, "loss": event.loss})
 
     recipe, kept = job.at(config["lr"])
     teacher = None if job.teacher is None else unpack(job.teacher)
     with suppress(CompressError):
-        tuned = finetune(unpack(job.student), teacher, job.images, recipe, watch, kept)
-        tune.report({"epoch": recipe.epochs, "loss": tuned.losses[-1]})
+        tuned = finetune(Training(unpack(job.student), teacher, job.images, recipe, kept, job.epochs), watch)
+        tune.report({"epoch": job.epochs, "loss": tuned.losses[-1]})

@@ -1,0 +1,109 @@
+"""A policy's model trained as it is shipped, and judged by its engine."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_tensor
+from autocomp.config import SearchConfig
+from autocomp.data import Indexed
+from autocomp.errors import DataError
+from autocomp.outcome import Observer, Phase
+from autocomp.policy import Policy
+from autocomp.study.score import predict
+from autocomp.study.workbench import Workbench
+from autocomp.train import Trainer, Training, TrainingRecipe, Tuned, finetune, learnable, learned
+
+__all__ = ["Course", "accuracy_of", "checkpoint_of", "recipe_of", "trained", "training_images"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How the policies of a run are trained.
+
+    Attributes:
+        bench: what they are policies of.
+        images: to train on.
+        recipe: the same for all.
+        observer: told of every event.
+        folder: for checkpoints, one a policy.
+        trainer: may choose another learning rate than the recipe's.
+    """
+
+    bench: Workbench
+    images: Indexed
+    recipe: TrainingRecipe
+    observer: Observer
+    folder: Path
+    trainer: Trainer = finetune
+
+
+def recipe_of(config: SearchConfig, settings: Mapping[str, Any]) -> TrainingRecipe:
+    """The recipe for a run: the settings given, its seed, and no mirrored digits.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+    """
+    flip = 0.0 if config.data == "digits" else 0.5
+    return TrainingRecipe.from_json({"seed": config.seed, "flip": flip, **settings})
+
+
+def training_images(bench: Workbench) -> Indexed:
+    """The images that nothing is scored on.
+
+    Raises:
+        DataError: the source has none, or gives them in one order only.
+    """
+    images = bench.splits.train
+    if images is None or len(images) == 0 or not bench.splits.labelled:
+        raise DataError(
+            f"{bench.splits.source} has no training images: the run stays as it is, quantized after training alone; "
+            "give --data with a training part to a new search"
+        )
+    if not isinstance(images, Indexed):
+        raise DataError(f"{bench.splits.source}: training images must have take(indices): add it to the split")
+    return images
+
+
+def checkpoint_of(folder: Path, policy: Policy) -> Path:
+    """The file that a stopped training goes on from."""
+    return folder / f"finetune-{policy.digest[:12]}.pt"
+
+
+def trained(course: Course, policy: Policy, until: int | None = None) -> tuple[Compressed, Tuned]:
+    """A policy's model trained and quantized, and what training gave.
+
+    Args:
+        until: epochs after which to stop for now; called again it goes on from there.
+
+    Raises:
+        DataError, CompressError: as `autocomp.train.finetune`.
+    """
+    bench, recipe = course.bench, course.recipe
+
+    def train(module: Any) -> Tuned:
+        kept = checkpoint_of(course.folder, policy)
+        training = Training(module, bench.traced.module, course.images, recipe, kept, until)
+        return course.trainer(training, course.observer)
+
+    course.observer(Phase("compress"))
+    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
+    start = _calibrated(bench, pruned, {}, policy)
+    if recipe.quantization == "calibrated" or not start.weights:
+        tuned = train(pruned.module)
+        return _calibrated(bench, pruned, tuned.tensors, policy), tuned
+    tuned = train(learnable(start))
+    tensors, weights, params = learned(start, tuned.tensors)
+    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned
+
+
+def accuracy_of(bench: Workbench, onnx: bytes) -> float:
+    """Top-1 of a file's engine on the selection split, in [0, 1]."""
+    with bench.backend.build(onnx) as engine:
+        return predict(engine, bench.splits.selection).accuracy
+
+
+def _calibrated(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:
+    numerics, logits = bench.backend.capabilities().numerics, bench.statistics.logits
+    return quantize_tuned(pruned, tensors, policy, bench.finishing, numerics, to_tensor(bench.images), logits)
