@@ -1,4 +1,5 @@
-"""``autocomp doctor`` and ``autocomp build``: what this machine can do, and engines for GPUs that are not here."""
+"""``autocomp doctor``, ``build`` and ``debug-accuracy``: what this machine can do, engines for GPUs that are not here,
+and where an engine goes wrong."""
 
 import sys
 from pathlib import Path
@@ -6,8 +7,26 @@ from typing import Annotated
 
 import typer
 
-from autocomp.cli.flags import AsJson, Batch, Hardware, Text
-from autocomp.cli.output import console, print_json, quiet_stdout
+from autocomp.cli.flags import (
+    AsJson,
+    Batch,
+    CalibrationImages,
+    Config,
+    Data,
+    Engine,
+    Hardware,
+    Mean,
+    Model,
+    OutputKey,
+    Seed,
+    Size,
+    Std,
+    Text,
+    Threads,
+    Weights,
+    settings_of,
+)
+from autocomp.cli.output import UNTRUE, console, print_json, quiet_stdout, watched
 from autocomp.errors import EngineError, InputError
 
 __all__ = ["add_engine_commands"]
@@ -17,6 +36,7 @@ def add_engine_commands(app: typer.Typer) -> None:
     """Register the commands of this file."""
     app.command()(doctor)
     app.command()(build)
+    app.command()(debug_accuracy)
 
 
 def doctor(json: AsJson = None) -> None:
@@ -40,6 +60,9 @@ def build(
     batch: Batch = None,
     tf32: Annotated[bool, typer.Option("--tf32/--no-tf32", help="10-bit mantissas in float32 layers")] = False,
     calibration: Annotated[Path | None, typer.Option(help="calibration cache of TensorRT 8 or 10 for FILE")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="say what is fused, in which precision, and where reformats sit (on a GPU)")
+    ] = False,
     out: Annotated[Text, typer.Option(help="engine file [FILE.engine]")] = None,
     json: AsJson = None,
 ) -> None:
@@ -56,8 +79,9 @@ def build(
     try:
         data = file.read_bytes()
         if calibration is not None:
-            data, quantized, layers = with_scales(data, CalibrationCache.read(calibration))
-            print(f"{quantized} of {layers} layers are int8", file=sys.stderr)
+            data, quantized, total = with_scales(data, CalibrationCache.read(calibration))
+            print(f"{quantized} of {total} layers are int8", file=sys.stderr)
+        made = backend.layers(data) if layers else ()
         header = backend.save(data, path)
     except EngineError as error:
         raise InputError(str(error)) from error
@@ -65,6 +89,48 @@ def build(
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     if json:
         found = {"file": str(path), "size_bytes": path.stat().st_size, "targets": list(header.targets)}
-        print_json({**found, "engine": header.engine, "version": header.version, "batch": header.batch})
+        built = {"engine": header.engine, "version": header.version, "batch": header.batch}
+        print_json({**found, **built, "layers": [layer.to_json() for layer in made]})
+        return
+    if made:
+        from autocomp.report import print_layers
+
+        print_layers(made, console(sys.stdout))
+    print(f"{path}: {header.engine} {header.version} for {', '.join(header.targets)}, batch {header.batch}")
+
+
+def debug_accuracy(
+    context: typer.Context,
+    target: Annotated[Path, typer.Argument(metavar="RUN|POLICY", help="run folder, or policy.json of one")],
+    onnx: Annotated[Path | None, typer.Option(help="file to examine [model.onnx of RUN]")] = None,
+    model: Model = None,
+    weights: Weights = None,
+    output_key: OutputKey = None,
+    data: Data = None,
+    engine: Engine = None,
+    hardware: Hardware = None,
+    threads: Threads = None,
+    batch: Batch = None,
+    mean: Mean = None,
+    std: Std = None,
+    size: Size = None,
+    seed: Seed = None,
+    calibration_images: CalibrationImages = None,
+    config: Config = None,
+    json: AsJson = None,
+) -> None:
+    """Compare an engine's accuracy with the torch model's, and find the layer at which it goes wrong.
+
+    A run brings its own settings. Exit status 1 where the two differ by more than half a point.
+    """
+    given = settings_of(context, "target", "onnx", "json")
+    from autocomp import api
+    from autocomp.report import print_accuracy_gap
+
+    with watched("nothing was changed", as_json=bool(json)) as observer:
+        found = api.debug_accuracy(target, given, config, onnx, observer)
+    if json:
+        print_json(found.to_json())
     else:
-        print(f"{path}: {header.engine} {header.version} for {', '.join(header.targets)}, batch {header.batch}")
+        print_accuracy_gap(found, console(sys.stdout))
+    sys.exit(0 if found.agrees else UNTRUE)

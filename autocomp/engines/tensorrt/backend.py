@@ -13,6 +13,7 @@ from autocomp.engines.cuda import Cuda, open_cuda
 from autocomp.engines.tensorrt.build import BuildOptions, build_plan
 from autocomp.engines.tensorrt.engine import AheadOfTimeEngine, TensorRtEngine
 from autocomp.engines.tensorrt.flavour import Flavour, find_flavour
+from autocomp.engines.tensorrt.inspector import EngineLayer, inspected
 from autocomp.engines.tensorrt.onnx_file import prepare
 from autocomp.engines.tensorrt.plan_file import PlanCache, PlanHeader, read_plan, write_plan
 from autocomp.engines.tensorrt.timing_cache import sealed, timing_cache
@@ -72,16 +73,29 @@ class TensorRtBackend:
         """See `autocomp.protocols.Backend`; engines for profiles carry the names of what was fused, and are built
         for it."""
         file = prepare(onnx, self.batch)
-        if self._cuda is None:
-            raise EngineError(f"nothing is timed for {', '.join(self._targets)}: profile on such a GPU")
-        plan = build_plan(self._flavour, file, replace(self._options(), detailed=True))
-        with TensorRtEngine(self._flavour, plan, self._cuda, self.batch) as engine:
+        with self._detailed(file) as engine:
             layers, run_ms = engine.profile(repeats)
         owners = Attribution(file).of_names(layers)
         sums: dict[str, float] = {}
         for name, ms in layers.items():
             sums[owners[name]] = sums.get(owners[name], 0.0) + ms
         return OperatorTimes(sums, run_ms)
+
+    def layers(self, onnx: bytes) -> tuple[EngineLayer, ...]:
+        """What the model's engine is made of; it is built for that, with the names of what is fused.
+
+        Raises:
+            EngineError: the file is refused, or the GPU is not here.
+        """
+        file = prepare(onnx, self.batch)
+        with self._detailed(file) as engine:
+            return inspected(engine.inspect(), file)
+
+    def _detailed(self, file: bytes) -> TensorRtEngine:
+        if self._cuda is None:
+            raise EngineError(f"nothing runs here for {', '.join(self._targets)}: profile and inspect on such a GPU")
+        plan = build_plan(self._flavour, file, replace(self._options(), detailed=True))
+        return TensorRtEngine(self._flavour, plan, self._cuda, self.batch)
 
     def save(self, onnx: bytes, path: Path) -> PlanHeader:
         """Build an engine and write it to a file that says what it is for."""

@@ -118,6 +118,12 @@ class TensorRtEngine:
         times = self._watch.time(self._enqueue, self._stream, repeats)
         return {name: float(np.median(ms[-repeats:])) for name, ms in found.items()}, float(np.median(times))
 
+    def inspect(self) -> str:
+        """What the engine inspector says, as JSON; names alone unless the engine was built with details."""
+        self._open()
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
+
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):
             raise EngineError(f"TensorRT failed while running: {explain(' '.join(self._errors[-1:]))}")

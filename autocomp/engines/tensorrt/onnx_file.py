@@ -11,7 +11,7 @@ from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
 from autocomp.errors import EngineError
 
-__all__ = ["check_size", "layer_of", "prepare"]
+__all__ = ["check_size", "prepare"]
 
 LARGEST_BYTES = 2**31 - 1  # of a protobuf message
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
@@ -63,28 +63,6 @@ def check_size(size_bytes: int) -> None:
             f"the model takes {size_bytes / 1e9:.1f} GB and an ONNX file holds at most 2 GB: prune it, or store its "
             "weights in fewer bits"
         )
-
-
-def layer_of(model: onnx.ModelProto, index: int) -> str | None:
-    """The layer that a node belongs to: the owner of the weight it reads, or of the nearest one before it.
-
-    Args:
-        model: that was parsed.
-        index: of the node.
-    """
-    tensors = {tensor.name for tensor in model.graph.initializer}
-    writer = {value: node for node in model.graph.node for value in node.output}
-    waiting, seen = [model.graph.node[index]], set[str]()
-    while waiting:
-        node = waiting.pop(0)
-        for value in node.input:
-            if value in tensors and ".weight" in value:
-                return str(value).split(".weight")[0]
-        for value in node.input:
-            if value in writer and value not in seen:
-                seen.add(value)
-                waiting.append(writer[value])
-    return None
 
 
 def _check_opset(model: onnx.ModelProto) -> None:

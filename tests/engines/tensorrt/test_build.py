@@ -69,7 +69,7 @@ def test_one_engine_for_three_architectures_is_kept_and_found_again(resnet8: Cas
         np.testing.assert_allclose(result, resnet8.expected(Policy(), NUMERICS), rtol=1e-3, atol=1e-4)
         with pytest.raises(EngineError, match="ahead of time for SM80, SM89, SM120: time it on such a GPU"):
             engine.time(1)
-    with pytest.raises(EngineError, match="nothing is timed for SM80"):
+    with pytest.raises(EngineError, match="nothing runs here for SM80"):
         backend.profile(data, 1)
 
 
