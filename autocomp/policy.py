@@ -10,10 +10,10 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from autocomp.errors import InputError
 
-__all__ = ["FEWER_BITS", "FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
+__all__ = ["FEWER_BITS", "FP8", "FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
 
 FORMAT = 1
-_FLOATS = ("fp32", "fp16", "bf16")
+_FLOATS = ("fp32", "fp16", "bf16", "fp8")
 
 
 def digest_of(data: object) -> str:
@@ -26,7 +26,8 @@ def digest_of(data: object) -> str:
 class Precision:
     """Numeric type of a layer's weights and of the activations it reads and writes.
 
-    Written ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``w4a8`` for weights of 4 and activations of 8 bits.
+    Written ``fp32``, ``fp16``, ``bf16``, ``fp8`` (E4M3), ``int8``, or ``w4a8`` for weights of 4 and activations of 8
+    bits.
     """
 
     weight: str = "fp32"
@@ -37,7 +38,7 @@ class Precision:
         both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
         if not (both_float or both_int):
             raise InputError(
-                f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, int8 or w4a8"
+                f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, fp8, int8 or w4a8"
             )
 
     @classmethod
@@ -69,6 +70,7 @@ def _bits(kind: str) -> int:
 
 FP32 = Precision("fp32", "fp32")
 INT8 = Precision("int8", "int8")
+FP8 = Precision("fp8", "fp8")
 FEWER_BITS = tuple(Precision(f"int{bits}", "int8") for bits in range(7, 1, -1))
 """Weights stored in fewer bits; engines without such arithmetic compute with them as int8."""
 

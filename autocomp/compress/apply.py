@@ -18,7 +18,15 @@ from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Recipe
-from autocomp.quantization import QuantParams, QuantPlan, QuantWeight, code_max, place, quantize_weight
+from autocomp.quantization import (
+    QuantParams,
+    QuantPlan,
+    QuantWeight,
+    code_max,
+    place,
+    quantize_fp8,
+    quantize_weight,
+)
 
 __all__ = ["Compressed", "compress", "structure"]
 
@@ -87,6 +95,8 @@ def structure(
         parameter, bits = traced.graph.layer_by_name[name].weight, policy.precision(name).weight_bits
         codes = quantize_weight(arrays[parameter], replace(numerics, weight_max=code_max(numerics, bits)))
         weights[parameter] = replace(codes, bits=bits)
+    eights = (traced.graph.layer_by_name[name].weight for name in plan.fp8)
+    weights |= {parameter: quantize_fp8(arrays[parameter]) for parameter in eights}
     return arrays, weights, params_of(plan, statistics.ranges, numerics)
 
 

@@ -119,6 +119,10 @@ class ExportEmitter(_Compressor):
         return self.emit(self.compress(policy))
 
     def emit(self, compressed: Compressed) -> bytes:
+        """Raises: EngineError: a layer is of a type that full exports are not written in."""
+        for name, precision in compressed.policy.precisions.items():
+            if not precision.is_integer:
+                raise EngineError(f"{name} cannot be {precision}: this model is exported whole, in fp32 and int8")
         return labelled(with_codes(export_compressed(compressed), compressed.weights), compressed.policy)
 
 

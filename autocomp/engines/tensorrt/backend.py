@@ -18,13 +18,15 @@ from autocomp.engines.tensorrt.onnx_file import prepare
 from autocomp.engines.tensorrt.plan_file import PlanCache, PlanHeader, read_plan, write_plan
 from autocomp.engines.tensorrt.timing_cache import sealed, timing_cache
 from autocomp.errors import ConfigError, EngineError
-from autocomp.policy import FEWER_BITS, FP32, INT8, Precision
+from autocomp.policy import FEWER_BITS, FP8, FP32, INT8, Precision
 from autocomp.resources import cache
 from autocomp.results import OperatorTimes
 
 __all__ = ["TensorRtBackend", "parse_targets"]
 
 NUMERICS = Numerics(signed_activations=True, symmetric_activations=True, weight_max=127)
+FP8_SINCE = (8, 9)
+"""Compute capability of the first tensor cores that have it."""
 HALVES = (Precision("fp16", "fp16"), Precision("bf16", "bf16"))
 
 
@@ -61,7 +63,9 @@ class TensorRtBackend:
         return DeviceInfo(name, engine, self._spec.threads, (("tf32", tf32),))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities((FP32, *HALVES, INT8, *FEWER_BITS), channel_multiple=8, numerics=NUMERICS)
+        oldest = min(map(_capability, self._targets)) if self._cuda is None else self._cuda.info.capability
+        eight = (FP8,) if oldest >= FP8_SINCE else ()
+        return Capabilities((FP32, *HALVES, *eight, INT8, *FEWER_BITS), channel_multiple=8, numerics=NUMERICS)
 
     def build(self, onnx: bytes) -> TensorRtEngine | AheadOfTimeEngine:
         plan = self.plan(prepare(onnx, self.batch))
@@ -165,3 +169,9 @@ def parse_targets(text: str, flavour: Flavour) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"{flavour} cannot build for {unknown[0].lower()}: use {', '.join(known).lower()}")
     return found
+
+
+def _capability(target: str) -> tuple[int, int]:
+    """Major and minor number of a compute capability written as ``SM89``."""
+    major, minor = re.fullmatch(r"SM(\d+)(\d)", target).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)

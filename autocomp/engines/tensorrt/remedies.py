@@ -7,7 +7,7 @@ __all__ = ["NO_GPU", "explain", "one_line"]
 NO_GPU = "no CUDA device is found: run 'autocomp doctor' to see what is missing"
 _REMEDIES = (
     (
-        r"out of ?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
+        r"out ?of ?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
         "out of memory: give a smaller --batch, or end other programs on the GPU",
     ),
     (

@@ -22,6 +22,7 @@ _TYPES = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
     TensorProto.INT8: torch.int8,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT64: torch.int64,
@@ -82,8 +83,9 @@ class OnnxModule(nn.Module):
 
 
 def _tensor(array: np.ndarray[Any, Any], data_type: int) -> Tensor:
-    if data_type == TensorProto.BFLOAT16:
-        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    for kind in (TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN):  # which numpy has from another package
+        if data_type == kind:
+            return torch.from_numpy(array.astype(np.float32)).to(_TYPES[kind])
     return torch.from_numpy(np.array(array))
 
 
@@ -204,9 +206,11 @@ def _quantize(inputs: list[Any], attributes: Attributes) -> Tensor:
     value, scale, *others = inputs
     kind = others[0].dtype if others else torch.uint8
     zero = _along(others[0], value, attributes).to(value.dtype) if others else 0
+    codes: Tensor = value / _along(scale, value, attributes)
+    if kind.is_floating_point:
+        return codes.clamp(torch.finfo(kind).min, torch.finfo(kind).max).to(kind)
     info = torch.iinfo(kind)
-    codes = torch.round(value / _along(scale, value, attributes)) + zero
-    result: Tensor = codes.clamp(info.min, info.max).to(kind)
+    result: Tensor = (torch.round(codes) + zero).clamp(info.min, info.max).to(kind)
     return result
 
 
