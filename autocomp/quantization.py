@@ -168,7 +168,11 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
             if node.name != graph.output:
                 quantized.add(behind_activation(node))
     values = {name: source(name) or name for name in ops if name in quantized}
-    eights = (layer for layer in graph.layers if layer.name not in removed and policy.precision(layer.name) == FP8)
+    eights = (
+        layer
+        for layer in graph.layers
+        if layer.name not in removed and policy.precision(layer.name).weight == FP8.weight
+    )
     return QuantPlan(values, layers, {layer.name: ops[layer.node].inputs[0] for layer in eights})
 
 

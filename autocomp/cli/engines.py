@@ -1,6 +1,7 @@
 """``autocomp doctor``, ``build`` and ``debug-accuracy``: what this machine can do, engines for GPUs that are not here,
 and where an engine goes wrong."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,6 +59,7 @@ def build(
     engine: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx")] = "tensorrt-rtx",
     hardware: Hardware = None,
     batch: Batch = None,
+    batches: Annotated[Text, typer.Option(help="numbers of images that the engine takes, as 1-32 [--batch]")] = None,
     tf32: Annotated[bool, typer.Option("--tf32/--no-tf32", help="10-bit mantissas in float32 layers")] = False,
     calibration: Annotated[Path | None, typer.Option(help="calibration cache of TensorRT 8 or 10 for FILE")] = None,
     layers: Annotated[
@@ -75,7 +77,8 @@ def build(
     if not file.is_file():
         raise InputError(f"no file {file}: give an ONNX model")
     path = file.with_suffix(".engine") if out is None else Path(out)
-    backend = TensorRtBackend(BackendSpec(engine, batch or 1, hardware=hardware, tf32=tf32))
+    spec = BackendSpec(engine, batch or 1, hardware=hardware, tf32=tf32, batches=_range_of(batches))
+    backend = TensorRtBackend(spec)
     try:
         data = file.read_bytes()
         if calibration is not None:
@@ -97,6 +100,16 @@ def build(
 
         print_layers(made, console(sys.stdout))
     print(f"{path}: {header.engine} {header.version} for {', '.join(header.targets)}, batch {header.batch}")
+
+
+def _range_of(text: str | None) -> tuple[int, int] | None:
+    """Raises: InputError: it is no range."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)-(\d+)", text)
+    if found is None:
+        raise InputError(f"--batches {text}: give a range as 1-32")
+    return int(found[1]), int(found[2])
 
 
 def debug_accuracy(

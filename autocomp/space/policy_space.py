@@ -168,8 +168,8 @@ class PolicySpace:
 
 
 def widest_first(precisions: set[Precision]) -> tuple[Precision, ...]:
-    """The precisions by falling activation and weight bits; fp16 before bf16, and fp8 before int8."""
-    return tuple(sorted(precisions, key=lambda p: (*_bits(p), p.weight in ("fp16", "fp8")), reverse=True))
+    """The precisions by falling activation and weight bits; fp16 before bf16, fp8 before int8, dense before sparse."""
+    return tuple(sorted(precisions, key=lambda p: (*_bits(p), p.weight in ("fp16", "fp8"), not p.sparse), reverse=True))
 
 
 def _bits(precision: Precision) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_t
 from autocomp.config import SearchConfig
 from autocomp.data import Indexed
 from autocomp.engines import initializer_bytes
-from autocomp.errors import DataError, RunError
+from autocomp.errors import CompressError, DataError, RunError
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult
 from autocomp.policy import Policy
 from autocomp.results import Interval
@@ -117,12 +117,17 @@ def finetune_run(
     Raises:
         RunError: the run shipped nothing, or its files are not what it shipped.
         DataError: there are no training images.
-        CompressError: training diverged; the run is as it was.
+        CompressError: training diverged, or would undo what is sparse; the run is as it was.
         EngineError: an engine failed.
     """
     best = result.best
     if best is None:
         raise RunError(f"{run.folder} shipped no model: there is nothing to fine-tune")
+    sparse = [name for name, kind in best.policy.precisions.items() if kind.sparse]
+    if sparse:
+        raise CompressError(
+            f"training would fill up the 2:4 sparse weights of {sparse[0]}: search a space without them"
+        )
     images = training_images(bench)
     old, reference = shipped_files(run.folder)
     checkpoint = run.folder / CHECKPOINT

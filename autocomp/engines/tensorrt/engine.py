@@ -74,6 +74,9 @@ class TensorRtEngine:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
         source, result = sorted(names, key=lambda name: self._engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT)
+        if shapes[source][0] < 0:  # free, within the engine's optimization profile
+            self._context.set_input_shape(source, (batch, *shapes[source][1:]))
+            shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in names}
         self._images = np.zeros(shapes[source], np.float32)
         self._logits = np.zeros(shapes[result], np.float32)
         self._noise = np.random.default_rng(0).standard_normal(shapes[source], np.float32)

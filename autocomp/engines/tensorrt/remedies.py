@@ -23,7 +23,10 @@ _REMEDIES = (
         r"compute capability|SM \d+ (is )?not supported|[Uu]nsupported SM|Target GPU SM",
         "it does not fit this GPU's compute capability: build it again for this GPU",
     ),
-    (r"no optimization profile", "dynamic shapes have no profile: export the model with fixed sizes"),
+    (
+        r"no optimization profile",
+        "dynamic shapes have no profile: give --batches for images, and export the model with other sizes fixed",
+    ),
 )
 
 

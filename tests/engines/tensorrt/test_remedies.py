@@ -22,7 +22,7 @@ MESSAGES = {
     "The engine plan file is generated on an incompatible device, expecting compute capability 8.9 got compute "
     "capability 8.6, please rebuild.": "does not fit this GPU's compute capability: build it again",
     "Network has dynamic or shape inputs, but no optimization profile has been defined.": (
-        "dynamic shapes have no profile"
+        "dynamic shapes have no profile: give --batches"
     ),
 }
 
