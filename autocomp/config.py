@@ -46,6 +46,7 @@ class SearchConfig:
         engine: name of the backend.
         hardware: device profile or described device; None for this machine.
         tf32: lets a GPU's float32 layers compute with 10-bit mantissas.
+        reference: precision of all layers of the uncompressed engine that others are compared with.
         threads: of the engine.
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
@@ -81,6 +82,7 @@ class SearchConfig:
     engine: str = "onnxruntime"
     hardware: str | None = None
     tf32: bool = False
+    reference: str = "fp32"
     threads: int = 1
     batch: int | None = None
     space: str = "default"

@@ -66,6 +66,11 @@ class Layer:
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.weight_shape[0] and self.weight_shape[1] == 1
 
+    @property
+    def reads_fours(self) -> bool:
+        """Whether its input channels come in fours, of which 2:4 sparsity takes two."""
+        return self.groups == 1 and self.weight_shape[1] % 4 == 0
+
     def groups_of(self, channels: int) -> int:
         """How many groups a convolution has left with so many output channels: grouped ones lose whole groups."""
         return 1 if self.groups == 1 else channels // (self.weight_shape[0] // self.groups)

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from autocomp.budget import Budget
 from autocomp.graph import LayerGraph
-from autocomp.policy import Policy
+from autocomp.policy import FP32, Policy
 from autocomp.results import Contest, Interval, LatencyEstimate, TrialResult
 
 __all__ = [
@@ -109,7 +109,7 @@ class Contender:
 
     Attributes:
         role: ``reference``, ``best``, ``uniform`` or ``random``.
-        policy: empty for the reference.
+        policy: what was compressed; for the reference one precision for all layers.
         latency: verified estimate of the budgeted statistic (p50 where no latency is budgeted); None where it
             was not measured.
         search_accuracy, selection_accuracy, test_accuracy: top-1 of the engine, in [0, 1]; None without labels.
@@ -133,9 +133,15 @@ class Contender:
     evaluations: int
     note: str | None = None
 
+    @property
+    def precision(self) -> str:
+        """Of the layers; several where they differ."""
+        return ", ".join(sorted({str(found) for found in self.policy.precisions.values()})) or str(FP32)
+
     def to_json(self) -> dict[str, Any]:
         latency = self.latency
         data: dict[str, Any] = {
+            "policy": self.policy.to_json(),
             "latency_ms": None
             if latency is None
             else {
@@ -156,7 +162,6 @@ class Contender:
         }
         if self.role != "reference":
             data["ratio"] = None if latency is None else latency.ratio.to_json()
-            data["policy"] = self.policy.to_json()
             data["verified"] = self.verified
             data["evaluations"] = self.evaluations
             data["note"] = self.note
@@ -329,6 +334,7 @@ class SearchResult:
         return {
             "verified": self.verified,
             "predicted": self.predicted,
+            "reference_precision": self.reference.precision,
             "budget": [str(budget) for budget in self.budgets],
             **rows,
             "trials": sum(self.trials.values()),

@@ -10,10 +10,11 @@ from typing import Any, Literal, Self, get_args, get_type_hints
 
 from autocomp.errors import InputError
 
-__all__ = ["FEWER_BITS", "FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
+__all__ = ["FEWER_BITS", "FP8", "FP32", "INT8", "Importance", "Policy", "Precision", "Recipe", "digest_of"]
 
 FORMAT = 1
-_FLOATS = ("fp32", "fp16", "bf16")
+SPARSE = "-2:4"
+_FLOATS = ("fp32", "fp16", "bf16", "fp8")
 
 
 def digest_of(data: object) -> str:
@@ -26,26 +27,29 @@ def digest_of(data: object) -> str:
 class Precision:
     """Numeric type of a layer's weights and of the activations it reads and writes.
 
-    Written ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``w4a8`` for weights of 4 and activations of 8 bits.
+    Written ``fp32``, ``fp16``, ``bf16``, ``fp8`` (E4M3), ``int8``, or ``w4a8`` for weights of 4 and activations of 8
+    bits. With ``-2:4`` behind it two of every four weights along the input channels are zero.
     """
 
     weight: str = "fp32"
     activation: str = "fp32"
+    sparse: bool = False
 
     def __post_init__(self) -> None:
         both_float = self.weight in _FLOATS and self.activation == self.weight
         both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
         if not (both_float or both_int):
             raise InputError(
-                f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, int8 or w4a8"
+                f"precision {self.weight}/{self.activation} is unknown: use fp32, fp16, bf16, fp8, int8 or w4a8"
             )
 
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises: InputError if ``text`` names no precision."""
-        if match := re.fullmatch(r"w([2-8])a([2-8])", text):
-            return cls(f"int{match[1]}", f"int{match[2]}")
-        return cls(text, text)
+        kind = text.removesuffix(SPARSE)
+        if match := re.fullmatch(r"w([2-8])a([2-8])", kind):
+            return cls(f"int{match[1]}", f"int{match[2]}", kind != text)
+        return cls(kind, kind, kind != text)
 
     @property
     def is_integer(self) -> bool:
@@ -60,7 +64,15 @@ class Precision:
         return _bits(self.activation)
 
     def __str__(self) -> str:
-        return self.weight if self.weight == self.activation else f"w{self.weight_bits}a{self.activation_bits}"
+        same = self.weight == self.activation
+        kind = self.weight if same else f"w{self.weight_bits}a{self.activation_bits}"
+        return f"{kind}{SPARSE}" if self.sparse else kind
+
+    @property
+    def arithmetic(self) -> str:
+        """What an engine computes in: weights of fewer bits are int8 by then."""
+        kind = "int8" if self.is_integer else self.weight
+        return f"{kind}{SPARSE}" if self.sparse else kind
 
 
 def _bits(kind: str) -> int:
@@ -69,6 +81,7 @@ def _bits(kind: str) -> int:
 
 FP32 = Precision("fp32", "fp32")
 INT8 = Precision("int8", "int8")
+FP8 = Precision("fp8", "fp8")
 FEWER_BITS = tuple(Precision(f"int{bits}", "int8") for bits in range(7, 1, -1))
 """Weights stored in fewer bits; engines without such arithmetic compute with them as int8."""
 

@@ -1,18 +1,21 @@
 """Where int8 begins and ends in a graph, and the scales it uses: decided once, here, for torch and for every engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.capabilities import Numerics
 from autocomp.errors import InputError
 from autocomp.graph import LayerGraph, Node
-from autocomp.policy import Policy
+from autocomp.policy import FP8, Policy
 
 __all__ = [
+    "FP8_MAX",
     "SPREAD",
     "QuantParams",
     "QuantPlan",
@@ -20,7 +23,10 @@ __all__ = [
     "activation_params",
     "code_max",
     "codes_at",
+    "fp8_key",
+    "fp8_params",
     "place",
+    "quantize_fp8",
     "quantize_weight",
     "quantize_weights",
     "round_biases",
@@ -35,6 +41,8 @@ PASSING = frozenset(
 )
 SPREAD = 1 / 1024
 """Smallest scale of a layer's channels, as a fraction of the largest."""
+FP8_MAX = 448.0
+"""Largest number of E4M3 (Micikevicius et al., arXiv:2209.05433, table 1)."""
 # Scales below are rounded coarsely or to 0, and engines take them for 0.
 _SMALLEST = float(np.finfo(np.float32).tiny)
 # Operators that run in int8 when all they read is quantized.
@@ -56,17 +64,21 @@ class QuantParams:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QuantWeight:
-    """Symmetric codes of a layer's weight, one scale per output channel: ``real = scale * code``.
+    """Symmetric codes of a layer's weight: ``real = scale * code``.
 
     Attributes:
-        codes: int8, of the weight's shape.
-        scale: float32, (out,).
+        codes: int8 or float8_e4m3fn, of the weight's shape.
+        scale: float32, (out,), one per output channel; (1,) for float8.
         bits: that a code takes when it is stored; engines compute with int8 whatever they are.
     """
 
-    codes: NDArray[np.int8]
+    codes: NDArray[Any]
     scale: NDArray[np.float32]
     bits: int = 8
+
+    @property
+    def is_integer(self) -> bool:
+        return bool(self.codes.dtype == np.int8)
 
     @property
     def real(self) -> NDArray[np.float32]:
@@ -81,15 +93,17 @@ class QuantPlan:
     Attributes:
         values: quantized value -> the value whose range it uses (itself, or the source it was moved from).
         layers: names of the layers that run in int8.
+        fp8: name of a layer that runs in fp8 -> the value that it reads, which is quantized for such layers alone.
     """
 
     values: Mapping[str, str]
     layers: tuple[str, ...]
+    fp8: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def observed(self) -> tuple[str, ...]:
         """Values whose ranges must be known."""
-        return tuple(dict.fromkeys(self.values.values()))
+        return tuple(dict.fromkeys((*self.values.values(), *self.fp8.values())))
 
 
 def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
@@ -98,7 +112,8 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     A layer's input is quantized, and its output behind a fused activation. Every reader of a quantized value reads
     the quantized one. An addition, concatenation or product whose inputs are all quantized is computed in int8 as
     well, so its output is quantized too, and so is that of a sigmoid; this is repeated along the graph. One factor for
-    each channel of a quantized map is quantized with it. Float stays what a linear layer over several axes writes,
+    each channel of a quantized map is quantized with it. What an fp8 layer reads is rounded in front of it, whatever it
+    is to others, and what it writes is float. Float stays what a linear layer over several axes writes,
     for norms, attention and additions to a float stream read it, and the logits behind a linear layer.
 
     Raises:
@@ -153,7 +168,12 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
             if node.name != graph.output:
                 quantized.add(behind_activation(node))
     values = {name: source(name) or name for name in ops if name in quantized}
-    return QuantPlan(values, layers)
+    eights = (
+        layer
+        for layer in graph.layers
+        if layer.name not in removed and policy.precision(layer.name).weight == FP8.weight
+    )
+    return QuantPlan(values, layers, {layer.name: ops[layer.node].inputs[0] for layer in eights})
 
 
 def _is_factor(node: Node, product: Node) -> bool:
@@ -172,6 +192,23 @@ def activation_params(low: float, high: float, numerics: Numerics) -> QuantParam
     scale = _float32((high - low) / (largest - smallest))
     zero_point = round(smallest - low / scale)
     return QuantParams(scale, int(np.clip(zero_point, smallest, largest)))
+
+
+def fp8_key(value: str) -> str:
+    """The name of a value's fp8 parameters beside its int8 ones."""
+    return f"{value}.fp8"
+
+
+def fp8_params(low: float, high: float) -> QuantParams:
+    """Scale of a tensor with values in [low, high] that makes the largest magnitude `FP8_MAX`."""
+    return QuantParams(_float32(max(-low, high, 0.0) / FP8_MAX), 0)
+
+
+def quantize_fp8(weight: NDArray[np.float32]) -> QuantWeight:
+    """A weight in E4M3, rounded to nearest, ties to even, under one scale that makes its largest number `FP8_MAX`."""
+    scale = np.float32(fp8_params(float(weight.min(initial=0.0)), float(weight.max(initial=0.0))).scale)
+    codes = np.clip(weight / scale, -FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
+    return QuantWeight(codes, np.array([scale], np.float32))
 
 
 def _float32(scale: float) -> float:
@@ -261,9 +298,14 @@ def _least_error(flat: NDArray[np.float32], scale: NDArray[np.float32], largest:
 def quantize_weights(
     graph: LayerGraph, policy: Policy, tensors: Mapping[str, NDArray[np.float32]], numerics: Numerics
 ) -> dict[str, QuantWeight]:
-    """Parameter name -> codes by rounding to nearest, for every integer layer of the policy that is left."""
-    names = {graph.layer_by_name[name].weight: policy.precision(name) for name in place(graph, policy).layers}
-    return {name: quantize_weight(tensors[name], numerics, kind.weight_bits) for name, kind in names.items()}
+    """Parameter name -> codes by rounding to nearest, for every integer and fp8 layer of the policy that is left."""
+    plan = place(graph, policy)
+    names = {graph.layer_by_name[name].weight: policy.precision(name) for name in plan.layers}
+    eights = (graph.layer_by_name[name].weight for name in plan.fp8)
+    return {
+        **{name: quantize_weight(tensors[name], numerics, kind.weight_bits) for name, kind in names.items()},
+        **{name: quantize_fp8(tensors[name]) for name in eights},
+    }
 
 
 def round_biases(

@@ -24,9 +24,10 @@ from autocomp.errors import AutocompError, EngineError, InfeasibleError, ModelEr
 from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelEstimate, KernelTime, Prediction
 from autocomp.outcome import Contender, Note, Phase, SearchResult, Step
 from autocomp.policy import Policy
-from autocomp.results import Contest, Entrant, Interval, LatencyEstimate
+from autocomp.results import Contest, Entrant, Interval, LatencyEstimate, Score
 from autocomp.study.build_profile import Built, Job, Progress
 from autocomp.study.card import Card, DataCard
+from autocomp.study.debug import AccuracyGap
 from autocomp.study.finetune import Finetuned
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.recheck import Verification
@@ -127,6 +128,13 @@ class FakeApi:
 
     def predict_policy(self, policy: Policy, config: SearchConfig, profile: Any, observer: Any) -> Any:
         return self._answer("predict_policy", policy, config, profile)
+
+    def debug_accuracy(
+        self, target: Path, settings: dict[str, Any], toml: Path | None, file: Path | None, observer: Any
+    ) -> Any:
+        observer(Note("a note"))
+        given = {name: value for name, value in settings.items() if value is not None}
+        return self._answer("debug_accuracy", target, given, toml, file)
 
     def measure(self, onnx: Path, spec: Any, reference: Path | None, statistic: str) -> Any:
         return self._answer("measure", onnx, spec, reference, statistic)
@@ -605,7 +613,7 @@ def verification(reason: str | None = None) -> Verification:
 
 def test_retarget_passes_what_differs(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
     assert run("retarget", "runs/x", "--engine", "openvino", "--threads", "2", "--budget", "9ms", "--out", "y") == 0
-    given = {"engine": "openvino", "hardware": None, "threads": 2, "budget": ("9ms",)}
+    given = {"engine": "openvino", "hardware": None, "reference": None, "threads": 2, "budget": ("9ms",)}
     assert api.calls == [("retarget", Path("runs/x"), given, Path("y"))]
     assert "best found" in capfd.readouterr().out
 
@@ -749,6 +757,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         api.outcome = verification()
     if " finetune " in line:
         api.outcome = finetuned()
+    if " debug-accuracy " in line:
+        api.outcome = AccuracyGap({"engine": "e 1"}, Score(0.0, 0.9, 10, 1.0), Score(0.1, 0.9, 10, 0.9), 0.0)
     if " export " in line:
         api.outcome = card()
     if " sensitivity" in line:

@@ -71,7 +71,8 @@ def test_the_readmes_commands_run(
         shown = capfd.readouterr()
         # A slow or busy machine may not reach 15ms or verify 0.5x; that is an answer, with a status of its own. What
         # the simulated engine says in runs/half cannot be verified.
-        allowed = {"search": {0, 3}, "retarget": {0, 3}, "verify": {2}}.get(arguments[0], {0})
+        # Of a hundred images one that falls to the other side is more than half a point.
+        allowed = {"search": {0, 3}, "retarget": {0, 3}, "verify": {2}, "debug-accuracy": {0, 1}}.get(arguments[0], {0})
         if arguments[:2] == ["profile", "check"]:
             allowed = {0, 3}
         assert left.value.code in allowed, f"{shlex.join(words)}\n{shown.out}\n{shown.err}"

@@ -1,7 +1,7 @@
 """What a program calls; the command line calls the same functions."""
 
 from autocomp.api.delivering import apply_policy, export, finetune, verify, verify_shipped
-from autocomp.api.measuring import measure, run_sensitivity
+from autocomp.api.measuring import debug_accuracy, measure, run_sensitivity
 from autocomp.api.searching import load_result, resume, retarget, run_front, run_search, search
 from autocomp.study.build_profile import build_profile
 from autocomp.study.conduct import Interrupted
@@ -12,6 +12,7 @@ __all__ = [
     "apply_policy",
     "build_profile",
     "check_profile",
+    "debug_accuracy",
     "export",
     "finetune",
     "load_result",

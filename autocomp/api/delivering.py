@@ -12,7 +12,7 @@ from autocomp.errors import AutocompError, InputError, RunError
 from autocomp.outcome import Observer
 from autocomp.report import render_card, write_report
 from autocomp.storage import storage_errors, write_atomic
-from autocomp.study.artefacts import ShippedPolicy, write_model
+from autocomp.study.artefacts import ShippedPolicy, refuse_other_inputs, write_model
 from autocomp.study.card import Card, sha256
 from autocomp.study.conduct import refuse_changes
 from autocomp.study.executors import trainer
@@ -138,12 +138,7 @@ def apply_policy(policy: Path, config: SearchConfig, out: Path) -> Path:
     if shipped.training is not None:
         raise InputError(f"{policy} is of a fine-tuned model, which only training makes: copy its model.onnx instead")
     bench = prepare(config, silent, recipe=shipped.recipe if shipped.digests else None)
-    for name, digest in (shipped.digests or {}).items():
-        if bench.digests.get(name) != digest:
-            raise InputError(
-                f"the {name} differ from those the policy was made with: give the same --model, --weights and --data "
-                f"(it names model {shipped.model}, data {shipped.data})"
-            )
+    refuse_other_inputs(shipped, policy, bench)
     bench.traced.graph.validate(shipped.policy)
     bench.backend.capabilities().validate(shipped.policy)
     compressed = bench.emitter.finish(bench.traced.graph.normalise(shipped.policy))

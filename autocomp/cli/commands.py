@@ -23,6 +23,7 @@ from autocomp.cli.flags import (
     Mean,
     Model,
     OutputKey,
+    Reference,
     Seed,
     Size,
     Space,
@@ -90,6 +91,7 @@ def search(
     budget: Budgets = None,
     engine: Engine = None,
     hardware: Hardware = None,
+    reference: Reference = None,
     threads: Threads = None,
     batch: Batch = None,
     space: Space = None,
@@ -168,6 +170,7 @@ def retarget(
     run: Annotated[Path, typer.Argument(help="run folder")],
     engine: Engine = None,
     hardware: Hardware = None,
+    reference: Reference = None,
     threads: Threads = None,
     budget: Budgets = None,
     out: Annotated[Path | None, typer.Option(help="folder of the new run [runs/TIME-MODEL-BUDGET]")] = None,
@@ -176,7 +179,8 @@ def retarget(
     """Make a new run for another engine or device from the policies of an old one; scores that still hold are kept."""
     from autocomp.report import print_result
 
-    settings = {"engine": engine, "hardware": hardware, "threads": threads, "budget": tuple(budget or ())}
+    given = {"engine": engine, "hardware": hardware, "reference": reference, "threads": threads}
+    settings = {**given, "budget": tuple(budget or ())}
 
     def work(observer: "Observer") -> "SearchResult":
         from autocomp import api

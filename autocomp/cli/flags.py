@@ -23,6 +23,7 @@ __all__ = [
     "Mean",
     "Model",
     "OutputKey",
+    "Reference",
     "Seed",
     "Size",
     "Space",
@@ -46,6 +47,7 @@ Budgets = Annotated[
 ]
 Engine = Annotated[Text, typer.Option(help="backend that runs the model [onnxruntime]")]
 Hardware = Annotated[Text, typer.Option(help="hardware profile or described device")]
+Reference = Annotated[Text, typer.Option(help="precision of the uncompressed engine compared with [fp32]")]
 Threads = Annotated[Whole, typer.Option(help="threads of the engine [1]")]
 Batch = Annotated[Whole, typer.Option(help="images a run [1; 32 for the default model and data]")]
 Mean = Annotated[Text, typer.Option(help="channel means of the data, as 0.5,0.5,0.5")]

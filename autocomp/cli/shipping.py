@@ -1,24 +1,16 @@
 """``autocomp finetune``, ``export`` and ``verify``: from a finished run to files that people deploy."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from autocomp.cli.flags import Address, AsJson, Text
-from autocomp.cli.output import INTERRUPTED, NOTHING_VERIFIED, console, fail, print_json, quiet_stdout
+from autocomp.cli.output import NOTHING_VERIFIED, UNTRUE, console, print_json, quiet_stdout, watched
 from autocomp.errors import InputError
 
-if TYPE_CHECKING:
-    from autocomp.outcome import Observer
-
 __all__ = ["add_shipping_commands"]
-
-UNTRUE = 1
-"""Exit status where a claim of a card no longer holds."""
 
 
 def add_shipping_commands(app: typer.Typer) -> None:
@@ -53,7 +45,7 @@ def finetune(
     from autocomp import api
     from autocomp.report import print_finetuned
 
-    with _watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
+    with watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
         found = api.finetune(run, given, observer, address, finalists)
     if json:
         print_json(found.to_json())
@@ -101,7 +93,7 @@ def _verify_run(run: Path, *, as_json: bool) -> None:
     from autocomp import api
     from autocomp.report import print_verification
 
-    with _watched("the run is as it was, start again", as_json=as_json) as observer:
+    with watched("the run is as it was, start again", as_json=as_json) as observer:
         found = api.verify(run, observer)
     if as_json:
         print_json(found.to_json())
@@ -114,25 +106,10 @@ def _verify_exported(folder: Path, data: str | None, *, as_json: bool) -> None:
     from autocomp import api
     from autocomp.report import print_shipped
 
-    with _watched("nothing was written, start again", as_json=as_json) as observer:
+    with watched("nothing was written, start again", as_json=as_json) as observer:
         found = api.verify_shipped(folder, data, observer)
     if as_json:
         print_json(found.to_json())
     else:
         print_shipped(found, console(sys.stdout))
     sys.exit(0 if found.holds else UNTRUE)
-
-
-@contextmanager
-def _watched(left: str, *, as_json: bool) -> Iterator["Observer"]:
-    """A live screen, beside the one JSON object where there is to be one."""
-    from autocomp.report import LiveScreen
-
-    try:
-        with (
-            quiet_stdout() if as_json else nullcontext(),
-            LiveScreen(console(sys.stderr if as_json else sys.stdout)) as screen,
-        ):
-            yield screen
-    except KeyboardInterrupt:
-        fail(f"interrupted: {left}", INTERRUPTED)

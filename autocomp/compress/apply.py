@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
@@ -12,13 +13,22 @@ from autocomp.compress.arrays import arrays_of
 from autocomp.compress.ordering import select
 from autocomp.compress.prune import Clock, prune
 from autocomp.compress.quantize import Quantized, params_of, quantize
+from autocomp.compress.sparsity import sparse_weights
 from autocomp.compress.statistics import Statistics, check_images
 from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.errors import CompressError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Recipe
-from autocomp.quantization import QuantParams, QuantPlan, QuantWeight, code_max, place, quantize_weight
+from autocomp.quantization import (
+    QuantParams,
+    QuantPlan,
+    QuantWeight,
+    code_max,
+    place,
+    quantize_fp8,
+    quantize_weight,
+)
 
 __all__ = ["Compressed", "compress", "structure"]
 
@@ -82,11 +92,14 @@ def structure(
     shapes = traced.graph.parameter_shapes(policy)
     plan = place(traced.graph, policy)
     arrays = arrays_of({name: tensor for name, tensor in sliced.items() if name in shapes})
+    arrays |= sparse_weights(traced.graph, policy, arrays)
     weights = {}
     for name in plan.layers:
         parameter, bits = traced.graph.layer_by_name[name].weight, policy.precision(name).weight_bits
         codes = quantize_weight(arrays[parameter], replace(numerics, weight_max=code_max(numerics, bits)))
         weights[parameter] = replace(codes, bits=bits)
+    eights = (traced.graph.layer_by_name[name].weight for name in plan.fp8)
+    weights |= {parameter: quantize_fp8(arrays[parameter]) for parameter in eights}
     return arrays, weights, params_of(plan, statistics.ranges, numerics)
 
 
@@ -113,6 +126,11 @@ def compress(
     plan = place(graph, policy)
     pruned = prune(traced, statistics, policy, recipe, images, plan.observed, clock)
     module, tensors = pruned.module, arrays_of(tensors_of(pruned.module))
+    sparse = sparse_weights(graph, policy, tensors)
+    if sparse:
+        tensors |= sparse
+        found = tensors_of(module) | {name: torch.from_numpy(weight) for name, weight in sparse.items()}
+        module = rebuild(traced.module, graph, found, pruned.branches)
     quantized: Quantized | None = None
     if pruned.ranges is not None:
         with clock("quantize"):

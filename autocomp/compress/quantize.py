@@ -14,14 +14,17 @@ from autocomp.compress.naming import value_of
 from autocomp.compress.recalibrate import divergence
 from autocomp.compress.rounding import adaround, corrected_biases
 from autocomp.compress.surgery import run, tensors_of
-from autocomp.fake_quant import fake_quantize
+from autocomp.fake_quant import fake_quantize, fake_quantize_fp8
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Recipe
 from autocomp.quantization import (
+    FP8_MAX,
     QuantParams,
     QuantPlan,
     QuantWeight,
     activation_params,
+    fp8_key,
+    fp8_params,
     place,
     quantize_weights,
     round_biases,
@@ -55,9 +58,10 @@ class Quantized:
 
 
 def params_of(plan: QuantPlan, ranges: Mapping[str, tuple[float, float]], numerics: Numerics) -> dict[str, QuantParams]:
-    """Parameters of every quantized value; those that share a source share them."""
-    sources = {source: activation_params(*ranges[source], numerics) for source in plan.observed}
-    return {value: sources[source] for value, source in plan.values.items()}
+    """Parameters of every quantized value; those that share a source share them. With `fp8_key` those of fp8 layers."""
+    sources = {source: activation_params(*ranges[source], numerics) for source in plan.values.values()}
+    eights = {fp8_key(value): fp8_params(*ranges[value]) for value in plan.fp8.values()}
+    return {**{value: sources[source] for value, source in plan.values.items()}, **eights}
 
 
 def quantize(
@@ -85,7 +89,7 @@ def quantize(
     params = params_of(place(graph, policy), ranges, numerics)
 
     def built(weights: Mapping[str, QuantWeight]) -> fx.GraphModule:
-        return _built(build, tensors, weights, params, numerics)
+        return _built(build, tensors, graph, policy, weights, params, numerics)
 
     def finished(weights: Mapping[str, QuantWeight], biases: Mapping[str, Tensor], corrected: bool) -> Quantized:
         made = assemble({**tensors, **biases}, build, graph, policy, weights, params, numerics)
@@ -126,13 +130,15 @@ def assemble(
     """
     biases = round_biases(graph, policy, arrays_of(tensors), weights, params)
     on_grid = {name: torch.from_numpy(bias) for name, bias in biases.items()}
-    module = _built(build, {**tensors, **on_grid}, weights, params, numerics)
+    module = _built(build, {**tensors, **on_grid}, graph, policy, weights, params, numerics)
     return Quantized(module, weights, biases, params, bias_corrected=False)
 
 
 def _built(
     build: Build,
     tensors: Mapping[str, Tensor],
+    graph: LayerGraph,
+    policy: Policy,
     weights: Mapping[str, QuantWeight],
     params: Mapping[str, QuantParams],
     numerics: Numerics,
@@ -140,6 +146,8 @@ def _built(
     real = {name: torch.from_numpy(weight.real) for name, weight in weights.items()}
     module = build({**tensors, **real})
     _fake_quantize_activations(module, params, numerics)
+    for name, value in place(graph, policy).fp8.items():
+        _fake_quantize_input(module, graph.layer_by_name[name].node, params[fp8_key(value)].scale)
     return module
 
 
@@ -158,4 +166,16 @@ def _fake_quantize_activations(module: fx.GraphModule, params: Mapping[str, Quan
                 name=f"{node.name}_quantized",
             )
         node.replace_all_uses_with(quantized, delete_user_cb=lambda user, own=quantized: user is not own)
+    module.recompile()
+
+
+def _fake_quantize_input(module: fx.GraphModule, layer: str, scale: float) -> None:
+    """Put a node that rounds to fp8 in front of a layer. In place."""
+    (node,) = (node for node in module.graph.nodes if node.name == layer)
+    read = node.all_input_nodes[0]
+    with module.graph.inserting_before(node):
+        quantized = module.graph.create_node(
+            "call_function", fake_quantize_fp8, (read, scale, FP8_MAX), name=f"{layer}_input"
+        )
+    node.replace_input_with(read, quantized)
     module.recompile()

@@ -46,7 +46,7 @@ def quantize_tuned(
     policy = _checked(pruned, policy)
     module = _trained(pruned, tensors)
     plan = place(graph, policy)
-    if not plan.layers:
+    if not plan.observed:
         arrays = arrays_of(tensors_of(module))
         return replace(pruned, policy=policy, module=module, tensors=arrays, plan=plan, numerics=numerics)
     seen = observe(module, graph, plan.observed, recipe, images[-OBSERVED_IMAGES:], reference[-OBSERVED_IMAGES:])

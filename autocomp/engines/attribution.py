@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from onnx import GraphProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from autocomp.engines.onnx_graph import parse
 
-__all__ = ["Attribution", "Ran", "by_graph_value"]
+__all__ = ["Attribution", "Ran", "by_graph_value", "layer_of"]
 
 
 class Ran(Protocol):
@@ -140,3 +140,25 @@ def by_graph_value(onnx: bytes, times: Mapping[str, float], values: Mapping[str,
     for value, ms in times.items():
         sums[known[value]] = sums.get(known[value], 0.0) + ms
     return sums
+
+
+def layer_of(model: ModelProto, index: int) -> str | None:
+    """The layer that a node belongs to: the owner of the weight it reads, or of the nearest one before it.
+
+    Args:
+        model: that was parsed.
+        index: of the node.
+    """
+    tensors = {tensor.name for tensor in model.graph.initializer}
+    writer = {value: node for node in model.graph.node for value in node.output}
+    waiting, seen = [model.graph.node[index]], set[str]()
+    while waiting:
+        node = waiting.pop(0)
+        for value in node.input:
+            if value in tensors and ".weight" in value:
+                return str(value).split(".weight")[0]
+        for value in node.input:
+            if value in writer and value not in seen:
+                seen.add(value)
+                waiting.append(writer[value])
+    return None

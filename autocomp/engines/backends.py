@@ -23,6 +23,8 @@ class BackendSpec:
             for ahead of time; None for its default, or the GPU at hand.
         tf32: lets a GPU's float32 layers compute with 10-bit mantissas.
         fresh: builds every engine anew where a cache would have it.
+        batches: smallest and largest number of images that a TensorRT engine is to take besides ``batch``, which it is
+            made for; None for ``batch`` alone.
     """
 
     name: str = "onnxruntime"
@@ -31,8 +33,11 @@ class BackendSpec:
     hardware: str | None = None
     tf32: bool = False
     fresh: bool = False
+    batches: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
+        if self.batches is not None and not 1 <= self.batches[0] <= self.batch <= self.batches[1]:
+            raise ConfigError(f"batches {self.batches[0]} to {self.batches[1]} must hold --batch {self.batch}")
         for field, value in (("batch", self.batch), ("threads", self.threads)):
             if value < 1:
                 raise ConfigError(f"{field} is {value}: give at least 1")
@@ -44,7 +49,8 @@ class BackendSpec:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises: ConfigError if the data is no backend's description."""
         try:
-            return cls(**data)
+            batches = data.get("batches")
+            return cls(**{**data, "batches": None if batches is None else tuple(batches)})
         except TypeError as error:
             raise ConfigError(f"this describes no engine: {error}") from error
 

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.capabilities import Numerics
+from autocomp.engines.float8 import FLOAT8_OPSET, Float8
 from autocomp.engines.float_types import FloatTypes
 from autocomp.engines.matching import joined_products, match_values, simplified
 from autocomp.engines.packing import stored
 from autocomp.errors import EngineError
 from autocomp.graph import Layer, LayerGraph
 from autocomp.policy import Policy
-from autocomp.quantization import QuantParams, QuantWeight, place
+from autocomp.quantization import QuantParams, QuantWeight, fp8_key, place
 
 __all__ = ["Template", "emit", "load_template", "parse"]
 
@@ -120,8 +121,8 @@ def emit(
         template: of the uncompressed model.
         policy: decides branches and precisions; the channels are those of ``tensors``.
         tensors: parameter name -> float32 value; those not given keep the template's value.
-        weights: parameter name -> codes, of every integer layer that is left.
-        params: for each value of ``quantization.place(graph, policy)``.
+        weights: parameter name -> codes, of every integer and fp8 layer that is left.
+        params: for each value of ``quantization.place(graph, policy)``, and by `fp8_key` for what fp8 layers read.
         numerics: of the engine: types of the activations' codes. The bias stays float.
 
     Raises:
@@ -132,10 +133,11 @@ def emit(
     model.CopyFrom(template.model)
     model.graph.node.extend(writer.nodes())
     model.graph.initializer.extend(writer.initializers.values())
-    if any(precision.weight == "bf16" for precision in policy.precisions.values()):
-        for entry in model.opset_import:
-            if entry.domain in ("", "ai.onnx"):
-                entry.version = max(entry.version, BFLOAT16_OPSET)
+    oldest = {"bf16": BFLOAT16_OPSET, "fp8": FLOAT8_OPSET}
+    needed = max((oldest.get(precision.weight, 0) for precision in policy.precisions.values()), default=0)
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = max(entry.version, needed)
     return bytes(model.SerializeToString())
 
 
@@ -158,13 +160,16 @@ class _Writer:
         self._codes_type = np.int8 if numerics.signed_activations else np.uint8
         plan = place(graph, policy)
         self._int8 = frozenset(plan.layers)
-        missing = [name for name in plan.layers if graph.layer_by_name[name].weight not in weights]
+        self._fp8 = plan.fp8
+        self._params = params
+        missing = [name for name in (*plan.layers, *plan.fp8) if graph.layer_by_name[name].weight not in weights]
         if missing:
             raise EngineError(f"no weight codes for {missing[0]}: compress this policy again")
         self._quantized: dict[str, QuantParams] = {}
-        for value in plan.values:
+        for value in (*plan.values, *map(fp8_key, plan.fp8.values())):
             if value not in params:
                 raise EngineError(f"no quantization parameters for {value}: calibrate this policy again")
+        for value in plan.values:
             smallest, largest = numerics.activation_range
             if not smallest <= params[value].zero_point <= largest:
                 raise EngineError(f"the parameters of {value} are not of this engine's int8: calibrate again for it")
@@ -184,6 +189,7 @@ class _Writer:
         self.initializers: dict[str, onnx.TensorProto] = {}
         self._policy = policy
         self._floats = FloatTypes(self._tensor, self._add)
+        self._eights = Float8(self._floats, self._add)
 
     def nodes(self) -> Iterator[onnx.NodeProto]:
         """The live nodes in topological order, Q/DQ pairs behind the values that are quantized."""
@@ -267,7 +273,11 @@ class _Writer:
             node.input.append(layer.bias)
         wide = layer.op == "linear" and len(self._template.graph.node_by_name[layer.node].shape) > 1
         if layer.name not in self._int8:
-            yield from self._float_input(node, layer, weight.shape[1] * group)
+            if layer.name in self._fp8:
+                scale = self._params[fp8_key(self._fp8[layer.name])].scale
+                yield from self._eights.before(node, layer.weight, self._weights[layer.weight], scale, turned=wide)
+            else:
+                yield from self._float_input(node, layer, weight.shape[1] * group)
             parts: Iterable[onnx.NodeProto] = [node]
             if wide:
                 self._tensors[layer.weight] = np.ascontiguousarray(weight.T)

@@ -2,18 +2,21 @@
 
 import hashlib
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx
-from onnx import helper, numpy_helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
 from autocomp.graph import LayerGraph
 
-__all__ = ["initializer_bytes", "int8_layers", "structure_digest"]
+__all__ = ["has_sparse_weights", "initializer_bytes", "int8_layers", "structure_digest"]
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_WEIGHTS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8})
 _INTEGER_LAYERS = frozenset(
     {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 )
@@ -33,8 +36,8 @@ def structure_digest(onnx: bytes) -> str:
 
     Operators and their order, wiring, attributes, shapes, types, integer constants (axes, pads, targets of a
     reshape), the placement of Q/DQ pairs, the kind of each zero point (at the edge of the range, where engines fold
-    a ReLU; zero; or other), and which pairs share scale and zero point. Not names, not the values of weights, and
-    not how few bits a weight is stored in: an engine unpacks it before it runs.
+    a ReLU; zero; or other), which pairs share scale and zero point, and which weights are 2:4 sparse. Not names, not
+    the values of weights, and not how few bits a weight is stored in: an engine unpacks it before it runs.
 
     Raises:
         EngineError: no ONNX model.
@@ -43,6 +46,15 @@ def structure_digest(onnx: bytes) -> str:
     for line in _describe(unpacked(parse(onnx))):
         digest.update(repr(line).encode())
     return digest.hexdigest()
+
+
+def has_sparse_weights(onnx: bytes) -> bool:
+    """Whether some weight has zeros in two of every four places along the axis that it is summed over.
+
+    Raises:
+        EngineError: no ONNX model.
+    """
+    return any(map(_is_sparse, unpacked(parse(onnx)).graph.initializer))
 
 
 def int8_layers(optimized: bytes, graph: LayerGraph) -> frozenset[str]:
@@ -96,7 +108,24 @@ def _tensor(tensor: onnx.TensorProto, parameter: bool) -> object:
         return tensor.data_type, shape, kind
     if tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.INT32) or (not parameter and _is_bound(tensor)):
         return tensor.data_type, shape, _data(tensor)
-    return tensor.data_type, shape
+    return (tensor.data_type, shape, "2:4") if not parameter and _is_sparse(tensor) else (tensor.data_type, shape)
+
+
+def _is_sparse(tensor: onnx.TensorProto) -> bool:
+    """Whether a weight has the pattern: (out, in, *kernel), or (in, out) for a product."""
+    if len(tensor.dims) < 2 or tensor.data_type not in _WEIGHTS:
+        return False
+    array = numpy_helper.to_array(tensor)
+    turned = (array.T,) if array.ndim == 2 else ()
+    # One row tells almost always, at no cost.
+    return any(_has_pattern(weight[:1]) and _has_pattern(weight) for weight in (array, *turned))
+
+
+def _has_pattern(weight: NDArray[Any]) -> bool:
+    out, read = weight.shape[:2]
+    if read % 4 or not weight.size:
+        return False
+    return bool(((weight.reshape(out, read // 4, 4, -1) != 0).sum(axis=2) <= 2).all())
 
 
 def _is_bound(tensor: onnx.TensorProto) -> bool:

@@ -29,7 +29,8 @@ class Kernel:
         groups: of a conv.
         size: spatial size of the output, or the positions of a linear layer; empty where there is one.
         batch: images a run.
-        precision: of the arithmetic: ``int8`` for weights of any number of bits, else the float type.
+        precision: of the arithmetic: ``int8`` for weights of any number of bits, else the float type; see
+            `Precision.arithmetic`.
         context: reading, following operators, quantized values (``.q``), readers (see `kernels_of`).
     """
 
@@ -108,7 +109,7 @@ def kernels_of(graph: LayerGraph, policy: Policy, batch: int) -> dict[str, Kerne
         reads = "q" if first.inputs[0] in plan.values else "f"
         found[name] = Kernel(
             layer.op, read * groups, out, tuple(kernel), layer.stride, groups, size, batch,
-            "int8" if precision.is_integer else precision.weight, " ".join([reads, *tokens]),
+            precision.arithmetic, " ".join([reads, *tokens]),
         )  # fmt: skip
     return found
 
@@ -161,8 +162,7 @@ def _kind(graph: LayerGraph, policy: Policy, plan: QuantPlan, node: Node) -> str
     """How a node reads: a layer by its arithmetic, another operator by its name and the types of all it reads."""
     layer = graph.layer_by_node.get(node.name)
     if layer is not None:
-        precision = policy.precision(layer.name)
-        return "int8" if precision.is_integer else precision.weight
+        return policy.precision(layer.name).arithmetic
     return f"{node.op}({''.join(sorted('q' if value in plan.values else 'f' for value in node.inputs))})"
 
 

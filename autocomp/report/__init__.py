@@ -9,7 +9,9 @@ from autocomp.report.console import (
     print_shipped,
     print_verification,
 )
+from autocomp.report.debug import print_accuracy_gap
 from autocomp.report.front import print_front, write_front_report
+from autocomp.report.layers import print_layers
 from autocomp.report.markdown import write_report
 from autocomp.report.profile import (
     BuildScreen,
@@ -27,12 +29,14 @@ __all__ = [
     "BuildScreen",
     "LiveScreen",
     "estimate_json",
+    "print_accuracy_gap",
     "print_checked",
     "print_difference",
     "print_estimate",
     "print_estimated",
     "print_finetuned",
     "print_front",
+    "print_layers",
     "print_policy",
     "print_profile",
     "print_result",

@@ -4,7 +4,7 @@ import json
 
 from autocomp.config import SearchConfig
 from autocomp.outcome import Contender
-from autocomp.report.tables import ABSENT, LABELS, macs, markdown_table, megabytes, milliseconds, percent
+from autocomp.report.tables import ABSENT, macs, markdown_table, megabytes, milliseconds, percent, reference_precision
 from autocomp.study.card import Card, DataCard
 
 __all__ = ["render_card"]
@@ -24,7 +24,8 @@ def render_card(card: Card) -> str:
         f"# {config.model}, compressed\n\n{claim}",
         "## Model\n\n" + markdown_table(
             ("", "latency, ms", "ratio", "accuracy", "change, points", "MACs", "size"),
-            [_row(card.reference), _row(model)],
+            [_row(card.reference, f"uncompressed {reference_precision(card.reference, card.device)}"),
+             _row(model, "shipped")],
         ),
         f"Accuracy is the engine's, {_images(card.data)}.",
         f"## Device\n\n{card.device.get('name')}, {card.device.get('engine')}: {card.device.get('details')}; "
@@ -43,11 +44,11 @@ def render_card(card: Card) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _row(row: Contender) -> tuple[str, ...]:
+def _row(row: Contender, name: str) -> tuple[str, ...]:
     latency, delta = row.latency, row.test_delta
     ratio = None if latency is None else latency.ratio
     return (
-        "shipped" if row.role == "best" else LABELS[row.role],
+        name,
         ABSENT if latency is None else f"{latency.statistic} {milliseconds(latency.latency_ms).line}",
         ABSENT if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
         percent(row.test_accuracy),

@@ -16,6 +16,7 @@ from autocomp.report.tables import (
     duration,
     milliseconds,
     percent,
+    reference_precision,
     significant,
     statistic,
     verdict,
@@ -159,10 +160,11 @@ def print_verification(found: Verification, console: Console) -> None:
     """Print what fresh engines said of a run's model."""
     latency = found.verdict.latency
     asked = " and ".join(map(str, found.result.budgets))
+    base = f"uncompressed {reference_precision(found.result.reference, found.device)}"
     said = f"Verified: within {asked}" if found.verdict.admitted else f"Not verified: {found.verdict.reason}"
     lines = [
         f"latency {latency.statistic}: {milliseconds(latency.latency_ms).line} ms",
-        f"uncompressed: {milliseconds(latency.reference_ms).line} ms",
+        f"{base}: {milliseconds(latency.reference_ms).line} ms",
         f"ratio: {latency.ratio.value:.3f} ({latency.ratio.low:.3f} to {latency.ratio.high:.3f})",
         f"{said}, on {found.device['name']} with {found.device['engine']}, bounds at {100 * found.confidence:.3g} %",
     ]
@@ -199,6 +201,8 @@ def print_shipped(found: ShippedVerification, console: Console) -> None:
     if found.verdict is not None and found.device is not None:
         latency = found.verdict.latency
         lines.append(f"latency {latency.statistic}: {milliseconds(latency.latency_ms).line} ms")
+        base = f"uncompressed {reference_precision(found.card.reference, found.device)}"
+        lines.append(f"{base}: {milliseconds(latency.reference_ms).line} ms")
         lines.append(f"ratio: {latency.ratio.value:.3f} ({latency.ratio.low:.3f} to {latency.ratio.high:.3f})")
         lines.append(f"device: {found.device['name']} with {found.device['engine']}")
     if found.accuracy is not None:
@@ -225,7 +229,7 @@ def _cells(row: ContenderRow) -> tuple[str, ...]:
     """Each cell has a second line, for bounds and the like: the table then fits a narrow terminal."""
     numbers = (row.latency_ms, row.ratio, row.change)
     latency, ratio, change = (f"{number.value}\n{number.bounds}" for number in numbers)
-    return f"{row.label}\n{row.state}", latency, ratio, row.accuracy, change, f"{row.macs}\n{row.size}"
+    return f"{row.label}\n{row.precision or row.state}", latency, ratio, row.accuracy, change, f"{row.macs}\n{row.size}"
 
 
 def _rank(result: TrialResult) -> float:

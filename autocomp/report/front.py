@@ -6,7 +6,7 @@ from rich.text import Text
 
 from autocomp.errors import RunError
 from autocomp.report.pareto import non_dominated
-from autocomp.report.tables import ABSENT, contender_rows, macs, markdown_table, megabytes, percent
+from autocomp.report.tables import ABSENT, contender_rows, macs, markdown_table, megabytes, percent, reference_precision
 from autocomp.study.front import Front, FrontPoint
 
 __all__ = ["print_front", "write_front_report"]
@@ -42,9 +42,14 @@ def print_front(front: Front, console: Console) -> None:
         table.add_row(*(Text(_two_lines(row[place])) for place in _SHOWN))
     console.print(table)
     count = sum(point.verified for point in front.points)
-    console.print(
-        Text(f"{count} of {len(front.points)} budgets verified; a run for each: {front.folder}"), soft_wrap=True
-    )
+    for line in (_ratios(front), f"{count} of {len(front.points)} budgets verified; a run for each: {front.folder}"):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _ratios(front: Front) -> str:
+    """What the ratios are of."""
+    found = sorted({reference_precision(result.reference, result.device) for result in front.results})
+    return f"ratio: of the uncompressed {' and '.join(found)} engine's latency".replace("  ", " ")
 
 
 def _two_lines(text: str) -> str:
@@ -64,7 +69,8 @@ def write_front_report(front: Front) -> None:
     remark = (
         "One search a budget, from the tightest to the loosest, each with a run folder of its own. Ratio and latency "
         "with confidence bounds; accuracy of the engine on the test split, which was read for a budget once all its "
-        "choices were journaled. Uniform and random: test accuracy of the best policies of these kinds at equal cost."
+        "choices were journaled. Uniform and random: test accuracy of the best policies of these kinds at equal cost; "
+        f"{_ratios(front)}."
     )
     parts = [f"# Front{label}", table, reasons.strip(), remark, "![Accuracy and divergence over latency](front.png)"]
     try:

@@ -2,14 +2,16 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocomp.engines.tensorrt import EngineLayer
 from autocomp.errors import RunError
 from autocomp.outcome import LayerChoice, SearchResult
 from autocomp.policy import Policy
 from autocomp.report.effects import draw_effects, effects_table
+from autocomp.report.layers import layers_text, read_layers
 from autocomp.report.pareto import draw
 from autocomp.report.tables import (
     ABSENT,
@@ -20,6 +22,7 @@ from autocomp.report.tables import (
     markdown_table,
     ordered,
     percent,
+    reference_precision,
     significant,
     statistic,
     trial_rows,
@@ -45,7 +48,7 @@ def write_report(result: SearchResult, folder: Path) -> None:
         draw(result, folder / PICTURE)
         if result.effects:
             draw_effects(result.effects, folder / EFFECTS)
-        (folder / REPORT).write_text(render(result, _manifest(folder)), encoding="utf-8")
+        (folder / REPORT).write_text(render(result, _manifest(folder), read_layers(folder)), encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"cannot write the report into {folder} ({error.strerror}): free space or rights there, then run "
@@ -53,12 +56,13 @@ def write_report(result: SearchResult, folder: Path) -> None:
         ) from error
 
 
-def render(result: SearchResult, manifest: Mapping[str, Any]) -> str:
+def render(result: SearchResult, manifest: Mapping[str, Any], layers: Sequence[EngineLayer] = ()) -> str:
     """The report's text.
 
     Args:
         result: of the search.
         manifest: of the run folder; its ``command``, ``config`` and ``versions`` are shown where present.
+        layers: of the shipped engine, where it was inspected.
     """
     asked = " and ".join(str(budget) for budget in result.budgets)
     label = " (predicted, an estimate)" if result.predicted else ""
@@ -75,6 +79,8 @@ def render(result: SearchResult, manifest: Mapping[str, Any]) -> str:
     if result.effects:
         text = f"{effects_table(result.effects)}\n\n![What each choice saves and costs]({EFFECTS})"
         sections.insert(4, f"## What each choice saves and costs\n\n{text}")
+    if layers:
+        sections.insert(4, f"## Engine\n\n{layers_text(layers)}")
     if result.notes:
         sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.notes))
     if "command" in manifest:
@@ -90,7 +96,8 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
 
 def _budgets(result: SearchResult) -> str:
     judged = "best found (predicted)" if result.predicted else "best found (upper bound)"
-    header = ("budget", "limit", "uncompressed", judged, "holds")
+    base = f"uncompressed {reference_precision(result.reference, result.device)}"
+    header = ("budget", "limit", base, judged, "holds")
     rows = [(row.budget, row.limit, row.reference, row.judged, row.holds) for row in budget_rows(result)]
     return markdown_table(header, rows)
 
@@ -112,7 +119,7 @@ def _contenders(result: SearchResult) -> str:
         header,
         [
             (
-                row.label, row.latency_ms.line, row.ratio.line, row.accuracy, row.change.line, row.macs, row.size,
+                row.name, row.latency_ms.line, row.ratio.line, row.accuracy, row.change.line, row.macs, row.size,
                 row.state or ABSENT,
             )
             for row in rows
@@ -121,7 +128,7 @@ def _contenders(result: SearchResult) -> str:
     evidence = markdown_table(
         ("", "evaluations", "search split", "selection split"),
         [
-            (row.label, str(contender.evaluations), percent(contender.search_accuracy),
+            (row.name, str(contender.evaluations), percent(contender.search_accuracy),
              percent(contender.selection_accuracy))
             for row, contender in zip(rows, ordered(result), strict=True)
         ],

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from autocomp.budget import Budget, Metric
 from autocomp.outcome import Contender, SearchResult
+from autocomp.report.tables import reference_precision
 from autocomp.results import TrialResult
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _contenders(axis: "Axes", result: SearchResult, metric: Metric, quality: Qua
     """Larger marks at the verified cost; as high as the trial that found them."""
     quality_of = {trial.policy.digest: quality(trial) for trial in result.front if trial.score is not None}
     marks = {
-        "reference": ("k", "D", 60, "uncompressed"),
+        "reference": ("k", "D", 60, f"uncompressed {reference_precision(result.reference, result.device)}"),
         "best": (_BEST, "*", 240, "best found"),
         "uniform": (_STYLES["uniform"][0], "s", 90, "best uniform"),
         "random": (_STYLES["random"][0], "^", 100, "best random"),
@@ -145,7 +146,8 @@ def _metric(result: SearchResult) -> Metric:
 
 
 def _cost_label(result: SearchResult) -> str:
-    label = f"{_COSTS[_metric(result)]}, fraction of the uncompressed model's"
+    base = reference_precision(result.reference, result.device)
+    label = f"{_COSTS[_metric(result)]}, fraction of the uncompressed {base} model's"
     return f"{label}\n(predicted, an estimate)" if result.predicted and _metric(result) == "latency" else label
 
 

@@ -1,12 +1,14 @@
 """Rows and sentences of a result as text; the screen and the report lay them out."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor, log10
+from typing import Any
 
 from autocomp.budget import Budget
 from autocomp.outcome import Contender, SearchResult
+from autocomp.policy import FP32
 from autocomp.results import Interval, LatencyEstimate, TrialResult
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "milliseconds",
     "ordered",
     "percent",
+    "reference_precision",
     "significant",
     "statistic",
     "trial_rows",
@@ -48,9 +51,13 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class ContenderRow:
-    """One row of the closing table. Accuracy is of the engine on the test split, its change in points."""
+    """One row of the closing table. Accuracy is of the engine on the test split, its change in points.
+
+    ``precision`` is that of the uncompressed engine, and empty for the others.
+    """
 
     label: str
+    precision: str
     state: str
     latency_ms: Quantity
     ratio: Quantity
@@ -59,6 +66,10 @@ class ContenderRow:
     macs: str
     size: str
     note: str | None
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} {self.precision}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +145,7 @@ def ordered(result: SearchResult) -> tuple[Contender, ...]:
 
 def contender_rows(result: SearchResult) -> tuple[ContenderRow, ...]:
     """The closing table's rows, as `ordered`."""
-    return tuple(_contender_row(row, result.predicted) for row in ordered(result))
+    return tuple(_contender_row(row, result) for row in ordered(result))
 
 
 def budget_rows(result: SearchResult) -> tuple[BudgetRow, ...]:
@@ -181,12 +192,19 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", r"\|").split())
 
 
-def _contender_row(row: Contender, predicted: bool) -> ContenderRow:
+def reference_precision(reference: Contender, device: Mapping[str, Any]) -> str:
+    """What the uncompressed engine computes in, as ``fp32``; on a GPU whether float32 is cut to TF32 as well."""
+    tf32 = dict(device.get("details") or {}).get("tf32") == "on"
+    return f"{reference.precision} (TF32)" if tf32 and reference.precision == str(FP32) else reference.precision
+
+
+def _contender_row(row: Contender, result: SearchResult) -> ContenderRow:
     is_reference = row.role == "reference"
-    state = "" if is_reference else "predicted" if predicted else "verified" if row.verified else "not verified"
+    state = "" if is_reference else "predicted" if result.predicted else "verified" if row.verified else "not verified"
     latency, delta = row.latency, row.test_delta
     return ContenderRow(
         label=LABELS[row.role],
+        precision=reference_precision(row, result.device) if is_reference else "",
         state=state,
         latency_ms=Quantity() if latency is None else milliseconds(latency.latency_ms),
         ratio=Quantity("1") if is_reference else Quantity() if latency is None else _ratio(latency.ratio),

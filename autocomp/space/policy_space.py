@@ -11,7 +11,7 @@ from autocomp.policy import FP32, Policy, Precision, digest_of
 
 __all__ = ["Decision", "PolicySpace", "Source", "widest_first"]
 
-_FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16}
+_FLOAT_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "fp8": 8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,8 @@ class PolicySpace:
 
 
 def widest_first(precisions: set[Precision]) -> tuple[Precision, ...]:
-    """The precisions by falling activation and weight bits; fp16 before bf16."""
-    return tuple(sorted(precisions, key=lambda p: (*_bits(p), p.weight == "fp16"), reverse=True))
+    """The precisions by falling activation and weight bits; fp16 before bf16, fp8 before int8, dense before sparse."""
+    return tuple(sorted(precisions, key=lambda p: (*_bits(p), p.weight in ("fp16", "fp8"), not p.sparse), reverse=True))
 
 
 def _bits(precision: Precision) -> tuple[int, int]:

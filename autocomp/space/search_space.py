@@ -169,7 +169,11 @@ class SearchSpace:
             decisions.append(Decision("channels", group.name, _counts(group.channels, kept, multiple)))
         for layer in graph.layers:
             allowed = (FP32,) if layer.name in held else self._precisions(layer.name)
-            runs = tuple(precision for precision in allowed if precision in capabilities.precisions)
+            runs = tuple(
+                precision
+                for precision in allowed
+                if precision in capabilities.precisions and (layer.reads_fours or not precision.sparse)
+            )
             if not runs:
                 raise SpaceError(
                     f"search space {self.name} wants {layer.name} in {' or '.join(_names(allowed))}, but the engine "

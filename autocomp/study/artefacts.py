@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -20,7 +20,7 @@ from autocomp.storage import write_atomic
 from autocomp.study.run import Run
 from autocomp.study.workbench import Workbench
 
-__all__ = ["ShippedPolicy", "ship", "write_model", "write_table"]
+__all__ = ["ShippedPolicy", "refuse_other_inputs", "ship", "write_model", "write_table"]
 
 FORMAT = 1
 SETTINGS = ("seed", "mean", "std", "size", "calibration_images", "search_images", "selection_images")
@@ -124,9 +124,21 @@ def write_model(
     return shipped
 
 
+def refuse_other_inputs(shipped: ShippedPolicy, path: Path, bench: Workbench) -> None:
+    """Raises: InputError: weights, data, graph, recipe or numerics are not those that a policy was made with."""
+    for name, digest in (shipped.digests or {}).items():
+        if bench.digests.get(name) != digest:
+            raise InputError(
+                f"the {name} differ from those the policy was made with: give the same --model, --weights and --data "
+                f"({path} names model {shipped.model}, data {shipped.data})"
+            )
+
+
 def shipped_digests(bench: Workbench) -> dict[str, str]:
     """What a shipped model depends on, beside its policy."""
-    digests = {name: digest for name, digest in bench.digests.items() if name not in ("space", "finishing")}
+    digests = {
+        name: digest for name, digest in bench.digests.items() if name not in ("space", "finishing", "reference")
+    }
     return {**digests, "recipe": bench.finishing.digest}
 
 
@@ -135,6 +147,10 @@ def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[Tri
     if result.best is not None:
         run.write("reference.onnx", bench.reference)
         write_model(bench, bench.emitter.finish(result.best.policy), run.folder)
+        inspect: Callable[[bytes], Sequence[Any]] | None = getattr(bench.backend, "layers", None)
+        if inspect is not None:
+            made = inspect((run.folder / "model.onnx").read_bytes())
+            run.write("layers.json", json.dumps([layer.to_json() for layer in made], indent=2))
     write_table(run, results)
     run.write("result.json", json.dumps(result.to_json(), indent=2))
 

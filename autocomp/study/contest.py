@@ -8,13 +8,14 @@ from scipy.stats import kendalltau
 
 from autocomp.errors import CompressError
 from autocomp.outcome import Note, SearchResult
+from autocomp.policy import Policy
 from autocomp.results import Contest, Entrant, TrialResult
 from autocomp.study.recheck import admit_here
 from autocomp.study.run import Run
 from autocomp.study.training import Course, accuracy_of, trained
 from autocomp.study.trust import spearman
 
-__all__ = ["Decided", "decide", "entrants_of", "halved", "rungs"]
+__all__ = ["Decided", "decide", "entrants_of", "halved", "rungs", "sparse_layers"]
 
 KEPT = 3
 """Of so many policies at a rung one goes on."""
@@ -60,13 +61,20 @@ def entrants_of(course: Course, run: Run, result: SearchResult, reference: bytes
     if first.score is None or first.objective != first.score.divergence:  # the fastest was looked for
         return found
     ranked = sorted((trial for trial in searched if trial.feasible), key=lambda trial: (trial.objective, trial.number))
-    others = {trial.policy: trial for trial in ranked if trial.policy != first.policy}
+    others = {
+        trial.policy: trial for trial in ranked if trial.policy != first.policy and not sparse_layers(trial.policy)
+    }
     for trial in list(others.values())[: LOOKED_AT * (count - 1)]:
         if len(found) == count:
             break
         if _admitted(course, run, result, reference, trial):
             found.append(trial)
     return found
+
+
+def sparse_layers(policy: Policy) -> list[str]:
+    """Layers whose 2:4 pattern training would fill up."""
+    return [name for name, precision in policy.precisions.items() if precision.sparse]
 
 
 def halved(

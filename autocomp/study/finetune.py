@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.engines import initializer_bytes
-from autocomp.errors import RunError
+from autocomp.errors import CompressError, RunError
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.results import Contest, Interval, TrialResult
 from autocomp.storage import write_atomic
 from autocomp.study.artefacts import write_model
-from autocomp.study.contest import decide, entrants_of
+from autocomp.study.contest import decide, entrants_of, sparse_layers
 from autocomp.study.explain import explained
 from autocomp.study.recheck import ENTRY, admit_here, shipped_files
 from autocomp.study.run import Run
@@ -85,12 +85,17 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
 
     Raises:
         RunError: the run shipped nothing, or its files are not what it shipped.
-        CompressError: training diverged; the run is as it was.
+        CompressError: training diverged, or would undo what is sparse; the run is as it was.
         EngineError: an engine failed.
     """
     bench, observer, best = course.bench, course.observer, result.best
     if best is None:
         raise RunError(f"{run.folder} shipped no model: there is nothing to fine-tune")
+    sparse = sparse_layers(best.policy)
+    if sparse:
+        raise CompressError(
+            f"training would fill up the 2:4 sparse weights of {sparse[0]}: search a space without them"
+        )
     old, reference = shipped_files(run.folder)
     entrants = entrants_of(course, run, result, reference, finalists)
     decided = decide(course, run, entrants)

@@ -86,7 +86,7 @@ def obtain_profile(
         return subject, bench.backend.known
     known = known_profile(bench, observer)
     if known is not None:
-        _tell_drift(known, subject, bench.spec.batch, observer)
+        _tell_drift(known, subject, bench.spec.batch, bench.reference_policy, observer)
     profile = known or HardwareProfile.of(device, date.today(), str(PROTOCOL), bench.backend.capabilities())
     observer(Phase("profile", SURVEY_ENGINES))
     seconds = SURVEY_S if bench.backend.measures else float("inf")
@@ -101,9 +101,9 @@ def obtain_profile(
     return subject, profile
 
 
-def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, observer: Observer) -> None:
+def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, reference: Policy, observer: Observer) -> None:
     """A note where the uncompressed engine is not as fast as the profile says; ratios still guide the search."""
-    expected = expected_ms(profile, subject.graph, batch)
+    expected = expected_ms(profile, subject.graph, batch, reference)
     if expected is None:
         return
     drift = Drift(subject.model, batch, expected, subject.reference_ms)
@@ -143,7 +143,7 @@ def knowledge_of(bench: Workbench, limits: Limits, sensitivity: Sensitivity, pre
     """
     terms = terms_of(bench.space)
     graph, batch = bench.traced.graph, bench.spec.batch
-    whole = predictor.engine(kernels_of(graph, Policy(), batch).values()).ms
+    whole = predictor.engine(kernels_of(graph, bench.reference_policy, batch).values()).ms
     speed = limits.goal == "speed"
     budgets = (Budget("latency", 1.0, True, "p50"),) if speed else limits.budgets
     meters = [_meter(budget, bench, limits, predictor, terms, whole) for budget in budgets]
@@ -164,7 +164,9 @@ def _meter(
         factors = shape_terms(terms, lambda layer, weights, out, precision: float(weights * layer.positions))
         return factors, budget.limit_for(limits.macs), lambda policy: float(graph.macs(policy))
     if budget.metric == "size":
-        own = float(stored_bytes(graph, Policy()))  # scales and shapes of the file come on top, in proportion
+        own = float(
+            stored_bytes(graph, bench.reference_policy)
+        )  # scales and shapes of the file come on top, in proportion
         rate = limits.size_bytes / own
 
         def size(layer: Layer, weights: int, out: int, precision: Precision) -> float:

@@ -18,7 +18,7 @@ from autocomp.study.workbench import Workbench
 __all__ = ["FILE", "Heritage", "heritage_of", "inherited_plans", "read_heritage"]
 
 FILE = "heritage.json"
-SCORED_BY = ("weights", "data", "graph", "recipe", "numerics")
+SCORED_BY = ("weights", "data", "graph", "recipe", "numerics", "reference")
 """Digests that a trial's score depends on, beside its policy."""
 
 

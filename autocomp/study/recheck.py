@@ -51,6 +51,7 @@ class Verification:
         return {
             "verified": self.verdict.admitted,
             "budget": [str(budget) for budget in self.result.budgets],
+            "reference_precision": self.result.reference.precision,
             "reason": self.verdict.reason,
             "timing": self.verdict.latency.to_json(),
             "size_bytes": self.verdict.size_bytes,

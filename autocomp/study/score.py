@@ -24,6 +24,7 @@ __all__ = [
     "measured",
     "paired_interval",
     "predict",
+    "predictions",
 ]
 
 Floats = NDArray[np.float32]
@@ -58,9 +59,14 @@ def predict(engine: Engine, split: Split, batch: int = 256) -> Predictions:
     Raises:
         EngineError: the engine returned something not finite.
     """
+    return predictions(engine.run, split, batch)
+
+
+def predictions(run: Callable[[Floats], Floats], split: Split, batch: int = 256) -> Predictions:
+    """The same of anything that turns images into outputs."""
     logits, labels = [], []
     for images, target in split.batches(batch):
-        logits.append(engine.run(images))
+        logits.append(run(images))
         labels.append(target)
     outputs = np.concatenate(logits)
     if not np.isfinite(outputs).all():

@@ -303,7 +303,17 @@ def _contenders(
     limits = trials.limits
     rows = {
         "reference": Contender(
-            "reference", Policy(), reference, search, held_out, test, None, limits.macs, limits.size_bytes, False, 0
+            "reference",
+            bench.reference_policy,
+            reference,
+            search,
+            held_out,
+            test,
+            None,
+            limits.macs,
+            limits.size_bytes,
+            False,
+            0,
         )
     }
     for role, (finalist, verdict) in winners.items():

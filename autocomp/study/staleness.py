@@ -57,13 +57,16 @@ class Drift:
         }
 
 
-def expected_ms(profile: HardwareProfile, graph: LayerGraph, batch: int) -> float | None:
+def expected_ms(profile: HardwareProfile, graph: LayerGraph, batch: int, policy: Policy | None = None) -> float | None:
     """What a profile says an uncompressed engine takes.
+
+    Args:
+        policy: of the engine; None for that of fp32.
 
     Returns:
         None where the profile would have to guess, for it lacks some of the engine's kernels.
     """
-    kernels = tuple(kernels_of(graph, Policy(), batch).values())
+    kernels = tuple(kernels_of(graph, policy or Policy(), batch).values())
     if not {entry.kernel for entry in profile.kernels}.issuperset(kernels):
         return None
     return Predictor(profile).engine(kernels).ms

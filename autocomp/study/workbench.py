@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp import resources
-from autocomp.capabilities import Numerics
+from autocomp.capabilities import Capabilities, Numerics
 from autocomp.compress import (
     Compressed,
     Statistics,
@@ -33,11 +33,12 @@ from autocomp.controllers import CONTROLLERS
 from autocomp.data import Split, Splits
 from autocomp.engines import BackendSpec, Template, emit, load_template, with_codes
 from autocomp.engines.label import labelled
-from autocomp.errors import CompressError, ConfigError, EngineError, ModelError
+from autocomp.errors import CompressError, ConfigError, EngineError, InputError, ModelError
+from autocomp.graph import LayerGraph
 from autocomp.memory import refuse_larger
 from autocomp.models import LoadedModel
 from autocomp.outcome import Observer, Phase
-from autocomp.policy import Policy, Recipe
+from autocomp.policy import Policy, Precision, Recipe
 from autocomp.protocols import Backend, Engine
 from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.loading import load
@@ -118,6 +119,10 @@ class ExportEmitter(_Compressor):
         return self.emit(self.compress(policy))
 
     def emit(self, compressed: Compressed) -> bytes:
+        """Raises: EngineError: a layer is of a type that full exports are not written in."""
+        for name, precision in compressed.policy.precisions.items():
+            if not precision.is_integer:
+                raise EngineError(f"{name} cannot be {precision}: this model is exported whole, in fp32 and int8")
         return labelled(with_codes(export_compressed(compressed), compressed.weights), compressed.policy)
 
 
@@ -131,7 +136,8 @@ class Workbench:
         emitter: policies -> files.
         recipe: of compression in trials.
         finishing: of finalists: the same with every layer solved in sequence.
-        reference: the uncompressed fp32 model's ONNX.
+        reference_policy: of the uncompressed model that others are compared with: one precision for all layers.
+        reference: its ONNX.
         images: the calibration images, (n, c, h, w).
         statistics: of the uncompressed model on them.
         notes: lines the user should read.
@@ -147,6 +153,7 @@ class Workbench:
     emitter: Emitter
     recipe: Recipe
     finishing: Recipe
+    reference_policy: Policy
     reference: bytes
     images: Images
     statistics: Statistics
@@ -162,6 +169,7 @@ class Workbench:
             "graph": self.traced.graph.digest,
             "recipe": self.recipe.digest,
             "finishing": self.finishing.digest,
+            "reference": self.config.reference,
             "space": self.space.digest,
             "numerics": f"{numerics.signed_activations}/{numerics.symmetric_activations}/{numerics.weight_max}",
         }
@@ -190,6 +198,7 @@ def prepare(
     model, splits, traced = load(config, observer, model, splits)
     backend = target(traced.graph)
     capabilities = backend.capabilities()
+    base = _reference_policy(config, traced.graph, capabilities)
     space = choices.restrict(traced.graph, capabilities)
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
     refuse_larger(model.spec, footprint(traced.graph, recipe.images))
@@ -202,9 +211,15 @@ def prepare(
         raise ModelError(str(error)) from error
     compressor = (traced, statistics, recipe, finishing, capabilities.numerics, images)
     emitter, reference, notes = _emitter(compressor, backend)
+    if base.precisions:
+        if isinstance(emitter, ExportEmitter) and not _precision(config.reference).is_integer:
+            raise ConfigError(
+                f"the file of this model is exported in float32: leave out --reference {config.reference}"
+            )
+        reference = emitter.emit(emitter.finish(base))
     notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
-    made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, reference)
-    return Workbench(*made, images, statistics, notes)
+    made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, base)
+    return Workbench(*made, reference, images, statistics, notes)
 
 
 def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
@@ -224,6 +239,23 @@ def _refuse_unknown_names(config: SearchConfig) -> None:
     if config.controller not in CONTROLLERS:
         raise ConfigError(f"unknown controller {config.controller!r}: use {', '.join(CONTROLLERS)}")
     load_metric(config.metric)
+    _precision(config.reference)
+
+
+def _precision(name: str) -> Precision:
+    try:
+        return Precision.parse(name)
+    except InputError as error:
+        raise ConfigError(f"--reference {name}: {error}") from error
+
+
+def _reference_policy(config: SearchConfig, graph: LayerGraph, capabilities: Capabilities) -> Policy:
+    """Raises: ConfigError: the engine does not run that precision."""
+    precision = _precision(config.reference)
+    if precision not in capabilities.precisions:
+        known = ", ".join(map(str, capabilities.precisions))
+        raise ConfigError(f"--reference {precision} does not run on {config.engine}: give one of {known}")
+    return Policy(precisions={layer.name: precision for layer in graph.layers})
 
 
 _Parts = tuple[Traced, Statistics, Recipe, Recipe, Numerics, Images]

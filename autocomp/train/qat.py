@@ -10,8 +10,18 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
 from autocomp.capabilities import Numerics
-from autocomp.fake_quant import fake_quantize
-from autocomp.quantization import SPREAD, QuantParams, QuantPlan, QuantWeight, code_max, codes_at
+from autocomp.fake_quant import fake_quantize, fake_quantize_fp8
+from autocomp.quantization import (
+    FP8_MAX,
+    SPREAD,
+    QuantParams,
+    QuantPlan,
+    QuantWeight,
+    code_max,
+    codes_at,
+    fp8_params,
+    quantize_fp8,
+)
 
 __all__ = ["Calibrated", "learnable", "learned"]
 
@@ -74,6 +84,9 @@ def learnable(start: Calibrated) -> fx.GraphModule:
         env[node] = fresh.node_copy(node, env.__getitem__)
         if node.op == "get_attr" and node.target in start.weights:
             weight = start.weights[node.target]
+            if not weight.is_integer:
+                env[node] = fresh.call_function(rounded_fp8, (env[node],))
+                continue
             root[node.target] = _parameter(_near(start.tensors[node.target], weight))
             high = code_max(start.numerics, weight.bits)
             env[node] = rounding(env[node], node.target, weight.scale, -high, high)
@@ -90,10 +103,13 @@ def learned(
 
     weights = {
         name: codes_at(tensors[name], scale(name), start.numerics, weight.bits)
+        if weight.is_integer
+        else quantize_fp8(tensors[name])
         for name, weight in start.weights.items()
     }
     params = {
-        value: replace(start.params[value], scale=float(scale(origin))) for value, origin in start.plan.values.items()
+        **start.params,
+        **{value: replace(start.params[value], scale=float(scale(own))) for value, own in start.plan.values.items()},
     }
     return {name: tensors[name] for name in start.tensors.keys() & tensors.keys()}, weights, params
 
@@ -112,6 +128,12 @@ def rounded(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
     """
     found: Tensor = _Rounded.apply(value, _positive(step), low, high)
     return found
+
+
+def rounded_fp8(weight: Tensor) -> Tensor:
+    """The weight as `quantize_fp8` leaves it; gradients pass through."""
+    largest = float(weight.detach().abs().max())
+    return fake_quantize_fp8(weight, fp8_params(-largest, largest).scale, FP8_MAX)
 
 
 class _Rounded(torch.autograd.Function):

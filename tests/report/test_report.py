@@ -46,11 +46,11 @@ def test_report_holds_verdict_budget_and_every_contender(make_result: Make) -> N
     found = tables(text)
     (budget,) = found["Budgets"]
     assert budget == {
-        "budget": "0.5x", "limit": "10.50 ms", "uncompressed": "21.00 ms", "best found (upper bound)": "10.20 ms",
+        "budget": "0.5x", "limit": "10.50 ms", "uncompressed fp32": "21.00 ms", "best found (upper bound)": "10.20 ms",
         "holds": "yes",
     }  # fmt: skip
     rows = {row[""]: row for row in found["Result"]}
-    assert list(rows) == ["uncompressed", "best found", "uniform", "random"]
+    assert list(rows) == ["uncompressed fp32", "best found", "uniform", "random"]
     for role, label in (("best", "best found"), ("uniform", "uniform"), ("random", "random")):
         row, contender = rows[label], result.contenders[role]
         assert contender.latency is not None and contender.test_accuracy is not None

@@ -10,20 +10,28 @@ from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.cuda import Cuda, open_cuda
+from autocomp.engines.structure import has_sparse_weights
 from autocomp.engines.tensorrt.build import BuildOptions, build_plan
 from autocomp.engines.tensorrt.engine import AheadOfTimeEngine, TensorRtEngine
 from autocomp.engines.tensorrt.flavour import Flavour, find_flavour
+from autocomp.engines.tensorrt.inspector import EngineLayer, inspected
 from autocomp.engines.tensorrt.onnx_file import prepare
 from autocomp.engines.tensorrt.plan_file import PlanCache, PlanHeader, read_plan, write_plan
 from autocomp.engines.tensorrt.timing_cache import sealed, timing_cache
 from autocomp.errors import ConfigError, EngineError
-from autocomp.policy import FEWER_BITS, FP32, INT8, Precision
+from autocomp.policy import FEWER_BITS, FP8, FP32, INT8, Precision
 from autocomp.resources import cache
 from autocomp.results import OperatorTimes
 
 __all__ = ["TensorRtBackend", "parse_targets"]
 
 NUMERICS = Numerics(signed_activations=True, symmetric_activations=True, weight_max=127)
+SINCE = (
+    (FP8, (8, 9)),
+    (Precision("fp16", "fp16", sparse=True), (8, 0)),
+    (Precision("int8", "int8", sparse=True), (8, 0)),
+)
+"""Precisions, and the compute capability of the first tensor cores that have them."""
 HALVES = (Precision("fp16", "fp16"), Precision("bf16", "bf16"))
 
 
@@ -60,10 +68,12 @@ class TensorRtBackend:
         return DeviceInfo(name, engine, self._spec.threads, (("tf32", tf32),))
 
     def capabilities(self) -> Capabilities:
-        return Capabilities((FP32, *HALVES, INT8, *FEWER_BITS), channel_multiple=8, numerics=NUMERICS)
+        oldest = min(map(_capability, self._targets)) if self._cuda is None else self._cuda.info.capability
+        newer = [kind for kind, since in SINCE if oldest >= since]
+        return Capabilities((FP32, *HALVES, INT8, *FEWER_BITS, *newer), channel_multiple=8, numerics=NUMERICS)
 
     def build(self, onnx: bytes) -> TensorRtEngine | AheadOfTimeEngine:
-        plan = self.plan(prepare(onnx, self.batch))
+        plan = self.plan(self._prepared(onnx))
         if self._cuda is None:
             return AheadOfTimeEngine(onnx, self.batch, self._targets)
         return TensorRtEngine(self._flavour, plan, self._cuda, self.batch)
@@ -71,11 +81,8 @@ class TensorRtBackend:
     def profile(self, onnx: bytes, repeats: int) -> OperatorTimes:
         """See `autocomp.protocols.Backend`; engines for profiles carry the names of what was fused, and are built
         for it."""
-        file = prepare(onnx, self.batch)
-        if self._cuda is None:
-            raise EngineError(f"nothing is timed for {', '.join(self._targets)}: profile on such a GPU")
-        plan = build_plan(self._flavour, file, replace(self._options(), detailed=True))
-        with TensorRtEngine(self._flavour, plan, self._cuda, self.batch) as engine:
+        file = self._prepared(onnx)
+        with self._detailed(file) as engine:
             layers, run_ms = engine.profile(repeats)
         owners = Attribution(file).of_names(layers)
         sums: dict[str, float] = {}
@@ -83,9 +90,25 @@ class TensorRtBackend:
             sums[owners[name]] = sums.get(owners[name], 0.0) + ms
         return OperatorTimes(sums, run_ms)
 
+    def layers(self, onnx: bytes) -> tuple[EngineLayer, ...]:
+        """What the model's engine is made of; it is built for that, with the names of what is fused.
+
+        Raises:
+            EngineError: the file is refused, or the GPU is not here.
+        """
+        file = self._prepared(onnx)
+        with self._detailed(file) as engine:
+            return inspected(engine.inspect(), file)
+
+    def _detailed(self, file: bytes) -> TensorRtEngine:
+        if self._cuda is None:
+            raise EngineError(f"nothing runs here for {', '.join(self._targets)}: profile and inspect on such a GPU")
+        plan = build_plan(self._flavour, file, replace(self._options(file), detailed=True))
+        return TensorRtEngine(self._flavour, plan, self._cuda, self.batch)
+
     def save(self, onnx: bytes, path: Path) -> PlanHeader:
         """Build an engine and write it to a file that says what it is for."""
-        file = prepare(onnx, self.batch)
+        file = self._prepared(onnx)
         header = self._header(file)
         write_plan(path, header, self.plan(file))
         return header
@@ -97,18 +120,16 @@ class TensorRtBackend:
             EngineError: it is of another TensorRT, for another GPU or batch, or damaged.
         """
         header, plan = read_plan(path)
-        if header.batch != self.batch:
-            raise EngineError(f"the engine has batch {header.batch}, not {self.batch}: give --batch {header.batch}")
         cuda = self._cuda if self._cuda is not None else open_cuda()
-        header.check(self._flavour, cuda.info.target)
-        return TensorRtEngine(self._flavour, plan, cuda, header.batch)
+        header.check(self._flavour, cuda.info.target, self.batch)
+        return TensorRtEngine(self._flavour, plan, cuda, self.batch)
 
     def plan(self, file: bytes) -> bytes:
         """The serialized engine of a prepared file, from the cache unless a fresh one is asked for."""
         header, plans = self._header(file), PlanCache(cache("engines"))
         found = None if self._spec.fresh else plans.get(header)
         if found is None:
-            options = self._options()
+            options = self._options(file)
             found = build_plan(self._flavour, file, options)
             if options.timing_cache is not None and options.timing_cache.exists():
                 sealed(options.timing_cache)
@@ -126,15 +147,26 @@ class TensorRtBackend:
             tf32=self._spec.tf32,
             batch=self.batch,
             model=hashlib.sha256(file).hexdigest(),
+            batches=self._spec.batches,
         )
 
-    def _options(self) -> BuildOptions:
+    def _options(self, file: bytes) -> BuildOptions:
         timings = None
         # Fresh builds are to choose their kernels anew, and TensorRT-RTX times none.
         if self._cuda is not None and not self._spec.fresh and not self._flavour.builds_without_gpu:
             with suppress(OSError):
                 timings = timing_cache(cache("timings"), self._flavour, self._cuda.info)
-        return BuildOptions(self._targets, tf32=self._spec.tf32, timing_cache=timings)
+        spread = self._spec.batches
+        return BuildOptions(
+            self._targets,
+            tf32=self._spec.tf32,
+            batches=None if spread is None else (spread[0], self.batch, spread[1]),
+            sparse=has_sparse_weights(file),
+            timing_cache=timings,
+        )
+
+    def _prepared(self, onnx: bytes) -> bytes:
+        return prepare(onnx, self.batch if self._spec.batches is None else None)
 
 
 def parse_targets(text: str, flavour: Flavour) -> tuple[str, ...]:
@@ -151,3 +183,9 @@ def parse_targets(text: str, flavour: Flavour) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"{flavour} cannot build for {unknown[0].lower()}: use {', '.join(known).lower()}")
     return found
+
+
+def _capability(target: str) -> tuple[int, int]:
+    """Major and minor number of a compute capability written as ``SM89``."""
+    major, minor = re.fullmatch(r"SM(\d+)(\d)", target).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)

@@ -9,10 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from autocomp.engines.attribution import layer_of
 from autocomp.engines.onnx_graph import parse
 from autocomp.engines.tensorrt import build_worker
 from autocomp.engines.tensorrt.flavour import Flavour
-from autocomp.engines.tensorrt.onnx_file import layer_of
 from autocomp.engines.tensorrt.remedies import explain
 from autocomp.errors import EngineError
 
@@ -26,6 +26,8 @@ class BuildOptions:
     Attributes:
         targets: compute capabilities as ``SM89``; empty for the GPU at hand.
         tf32: lets float32 layers compute with 10-bit mantissas.
+        batches: smallest, usual and largest number of images, for a file that leaves it free; None for other files.
+        sparse: looks for kernels that skip the zeros of 2:4 sparse weights.
         detailed: keeps the names of all fused operators in the engine, for profiles.
         level: the builder's optimization level; None for its default.
         timing_cache: file of kernel timings, read and written; None without.
@@ -34,6 +36,8 @@ class BuildOptions:
 
     targets: tuple[str, ...] = ()
     tf32: bool = False
+    batches: tuple[int, int, int] | None = None
+    sparse: bool = False
     detailed: bool = False
     level: int | None = None
     timing_cache: Path | None = None
@@ -64,6 +68,8 @@ def build_plan(flavour: Flavour, onnx: bytes, options: BuildOptions) -> bytes:
             "engine": str(engine),
             "targets": options.targets,
             "tf32": options.tf32,
+            "batches": options.batches,
+            "sparse": options.sparse,
             "detailed": options.detailed,
             "level": options.level,
             "timing_cache": None if options.timing_cache is None else str(options.timing_cache),

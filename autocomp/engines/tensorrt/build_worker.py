@@ -26,7 +26,8 @@ def build(trt: Any, request: dict[str, Any], messages: list[tuple[str, str]]) ->
     Args:
         trt: the TensorRT module.
         request: ``onnx`` and ``engine`` are files, ``targets`` names of compute capabilities or empty for the GPU at
-            hand, ``tf32`` and ``detailed`` switches, ``level`` the builder's optimization level or None,
+            hand, ``batches`` the smallest, usual and largest number of images of an optimization profile or None,
+            ``tf32``, ``sparse`` and ``detailed`` switches, ``level`` the builder's optimization level or None,
             ``timing_cache`` a file or None.
         messages: filled with (severity, text) of warnings and errors.
 
@@ -54,6 +55,13 @@ def build(trt: Any, request: dict[str, Any], messages: list[tuple[str, str]]) ->
         return {"refused": refused, "built": False}
     config = builder.create_builder_config()
     (config.set_flag if request["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
+    if request["batches"]:
+        images = network.get_input(0)
+        profile = builder.create_optimization_profile()
+        profile.set_shape(images.name, *((count, *tuple(images.shape)[1:]) for count in request["batches"]))
+        config.add_optimization_profile(profile)
+    if request["sparse"]:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     if request["detailed"]:
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if request["level"] is not None:

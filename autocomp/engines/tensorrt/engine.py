@@ -74,6 +74,9 @@ class TensorRtEngine:
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         shapes = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
         source, result = sorted(names, key=lambda name: self._engine.get_tensor_mode(name) != trt.TensorIOMode.INPUT)
+        if shapes[source][0] < 0:  # free, within the engine's optimization profile
+            self._context.set_input_shape(source, (batch, *shapes[source][1:]))
+            shapes = {name: tuple(self._context.get_tensor_shape(name)) for name in names}
         self._images = np.zeros(shapes[source], np.float32)
         self._logits = np.zeros(shapes[result], np.float32)
         self._noise = np.random.default_rng(0).standard_normal(shapes[source], np.float32)
@@ -117,6 +120,12 @@ class TensorRtEngine:
         self._cuda.upload(self._addresses[0], self._noise, self._stream)
         times = self._watch.time(self._enqueue, self._stream, repeats)
         return {name: float(np.median(ms[-repeats:])) for name, ms in found.items()}, float(np.median(times))
+
+    def inspect(self) -> str:
+        """What the engine inspector says, as JSON; names alone unless the engine was built with details."""
+        self._open()
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self._stream):

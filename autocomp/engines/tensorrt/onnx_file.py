@@ -11,13 +11,13 @@ from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
 from autocomp.errors import EngineError
 
-__all__ = ["check_size", "layer_of", "prepare"]
+__all__ = ["check_size", "prepare"]
 
 LARGEST_BYTES = 2**31 - 1  # of a protobuf message
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def prepare(data: bytes, batch: int) -> bytes:
+def prepare(data: bytes, batch: int | None) -> bytes:
     """Check a model and write it for TensorRT.
 
     The batch is fixed; packed weights become int8 again; an int32 bias behind a DequantizeLinear becomes a float one;
@@ -25,7 +25,7 @@ def prepare(data: bytes, batch: int) -> bytes:
 
     Args:
         data: serialized ONNX, read from one float32 tensor to one output.
-        batch: images in a run.
+        batch: images in a run; None to leave their number free, for an optimization profile.
 
     Raises:
         EngineError: naming what TensorRT would refuse, or silently misread, and what to do.
@@ -65,28 +65,6 @@ def check_size(size_bytes: int) -> None:
         )
 
 
-def layer_of(model: onnx.ModelProto, index: int) -> str | None:
-    """The layer that a node belongs to: the owner of the weight it reads, or of the nearest one before it.
-
-    Args:
-        model: that was parsed.
-        index: of the node.
-    """
-    tensors = {tensor.name for tensor in model.graph.initializer}
-    writer = {value: node for node in model.graph.node for value in node.output}
-    waiting, seen = [model.graph.node[index]], set[str]()
-    while waiting:
-        node = waiting.pop(0)
-        for value in node.input:
-            if value in tensors and ".weight" in value:
-                return str(value).split(".weight")[0]
-        for value in node.input:
-            if value in writer and value not in seen:
-                seen.add(value)
-                waiting.append(writer[value])
-    return None
-
-
 def _check_opset(model: onnx.ModelProto) -> None:
     for entry in model.opset_import:
         newest = onnx_opset_version()
@@ -97,7 +75,7 @@ def _check_opset(model: onnx.ModelProto) -> None:
             )
 
 
-def _fix_shape(model: onnx.ModelProto, batch: int) -> None:
+def _fix_shape(model: onnx.ModelProto, batch: int | None) -> None:
     """Give the input its batch. Raises: EngineError: another interface or batch, or other free sizes."""
     inputs, outputs = model.graph.input, model.graph.output
     given = {tensor.name for tensor in model.graph.initializer}
@@ -110,14 +88,16 @@ def _fix_shape(model: onnx.ModelProto, batch: int) -> None:
         raise EngineError("the model must read one float32 tensor and return one: export it so")
     if first.HasField("dim_value") and first.dim_value != batch:
         fixed = first.dim_value
-        raise EngineError(f"the model has batch {fixed}, not {batch}: give --batch {fixed} or free that axis")
+        wanted = "a range" if batch is None else batch
+        raise EngineError(f"the model has batch {fixed}, not {wanted}: give --batch {fixed} or free that axis")
     free = [axis.dim_param or "?" for axis in others if not axis.HasField("dim_value")]
     if free:
         raise EngineError(
             f"the model's input has dynamic sizes ({', '.join(free)}) and TensorRT no optimization profile for them: "
-            "export it with fixed sizes"
+            "export it with fixed sizes; only the number of images may be free (--batches)"
         )
-    first.dim_value = batch
+    if batch is not None:
+        first.dim_value = batch
 
 
 def _fold_bias(node: onnx.NodeProto, tensors: Mapping[str, TensorProto]) -> TensorProto | None:

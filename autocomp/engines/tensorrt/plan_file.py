@@ -26,6 +26,7 @@ class PlanHeader:
         device: name of the GPU it was timed on while it was built; empty when built ahead of time.
         tf32: as built.
         batch: images in a run.
+        batches: smallest and largest number that it takes; None for ``batch`` alone.
         model: SHA-256 of the ONNX file, which fixes structure, precisions and weights.
     """
 
@@ -36,18 +37,24 @@ class PlanHeader:
     tf32: bool
     batch: int
     model: str
+    batches: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
         return digest_of(asdict(self))
 
-    def check(self, flavour: Flavour, capability: str) -> None:
-        """Raises: EngineError: the engine is of another TensorRT or for another GPU than the one here.
+    def check(self, flavour: Flavour, capability: str, batch: int) -> None:
+        """Raises: EngineError: the engine is of another TensorRT, or for another GPU or number of images.
 
         Args:
             flavour: installed here.
             capability: of the GPU here, as ``SM89``.
+            batch: images in a run.
         """
+        low, high = self.batches or (self.batch, self.batch)
+        if not low <= batch <= high:
+            taken = f"batch {self.batch}" if low == high else f"batches of {low} to {high}"
+            raise EngineError(f"the engine takes {taken}, not {batch}: give --batch {self.batch}")
         if (self.engine, self.version) != (flavour.engine, flavour.version):
             raise EngineError(
                 f"the engine was built by {self.engine} {self.version} and {flavour} is installed: build it again"
@@ -80,7 +87,9 @@ def read_plan(path: Path) -> tuple[PlanHeader, bytes]:
     try:
         fields = json.loads(line)
         digest, magic = fields.pop("sha256"), fields.pop("format")
-        header = PlanHeader(**{**fields, "targets": tuple(fields["targets"])})
+        batches = fields.get("batches")
+        fields |= {"targets": tuple(fields["targets"]), "batches": None if batches is None else tuple(batches)}
+        header = PlanHeader(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EngineError(f"{path} is no engine that autocomp wrote: build one with 'autocomp build'") from error
     if magic != _MAGIC or digest != hashlib.sha256(plan).hexdigest():

@@ -7,7 +7,7 @@ __all__ = ["NO_GPU", "explain", "one_line"]
 NO_GPU = "no CUDA device is found: run 'autocomp doctor' to see what is missing"
 _REMEDIES = (
     (
-        r"out of ?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
+        r"out ?of ?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
         "out of memory: give a smaller --batch, or end other programs on the GPU",
     ),
     (
@@ -23,7 +23,10 @@ _REMEDIES = (
         r"compute capability|SM \d+ (is )?not supported|[Uu]nsupported SM|Target GPU SM",
         "it does not fit this GPU's compute capability: build it again for this GPU",
     ),
-    (r"no optimization profile", "dynamic shapes have no profile: export the model with fixed sizes"),
+    (
+        r"no optimization profile",
+        "dynamic shapes have no profile: give --batches for images, and export the model with other sizes fixed",
+    ),
 )
 
 

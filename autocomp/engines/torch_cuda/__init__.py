@@ -2,6 +2,6 @@
 
 from autocomp.engines.torch_cuda.backend import TorchCudaBackend
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
-from autocomp.engines.torch_cuda.program import exported_program
+from autocomp.engines.torch_cuda.program import exported_program, torch_function
 
-__all__ = ["OnnxModule", "TorchCudaBackend", "exported_program"]
+__all__ = ["OnnxModule", "TorchCudaBackend", "exported_program", "torch_function"]

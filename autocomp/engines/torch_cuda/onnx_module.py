@@ -1,6 +1,6 @@
 """A typed ONNX file as a torch module, operator by operator."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -22,6 +22,7 @@ _TYPES = {
     TensorProto.FLOAT: torch.float32,
     TensorProto.FLOAT16: torch.float16,
     TensorProto.BFLOAT16: torch.bfloat16,
+    TensorProto.FLOAT8E4M3FN: torch.float8_e4m3fn,
     TensorProto.INT8: torch.int8,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT64: torch.int64,
@@ -55,11 +56,13 @@ class OnnxModule(nn.Module):
                 raise EngineError(f"torch has no operator {node.op_type}, which {node.name} is: use another engine")
             attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
             self._steps.append((OPERATORS[node.op_type], attributes, list(node.input), node.output[0]))
-        self.input, self.output = graph.input[0].name, graph.output[0].name
+        given = {tensor.name for tensor in graph.initializer}
+        self.inputs = [value.name for value in graph.input if value.name not in given]
+        self.output = graph.output[0].name
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
-        values = self._given(images)
+    def forward(self, images: Tensor, *others: Tensor) -> Tensor:
+        """Logits of a batch; a part of a file may have more inputs, which come in their order."""
+        values = self._given((images, *others))
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
         logits: Tensor = values[self.output]
@@ -67,20 +70,22 @@ class OnnxModule(nn.Module):
 
     def steps(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every operator's value as it is computed, by the name it has in the file."""
-        values = self._given(images)
+        values = self._given((images,))
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
             yield output, values[output]
 
-    def _given(self, images: Tensor) -> dict[str, Any]:
+    def _given(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """What is there before the first operator; an input that is left out is None."""
         tensors = {name: getattr(self, buffer) for name, buffer in self._names.items()}
-        return {"": None, self.input: _channels_last(images), **self._numbers, **tensors}
+        read = dict(zip(self.inputs, map(_channels_last, inputs), strict=True))
+        return {"": None, **read, **self._numbers, **tensors}
 
 
 def _tensor(array: np.ndarray[Any, Any], data_type: int) -> Tensor:
-    if data_type == TensorProto.BFLOAT16:
-        return torch.from_numpy(array.astype(np.float32)).bfloat16()
+    for kind in (TensorProto.BFLOAT16, TensorProto.FLOAT8E4M3FN):  # which numpy has from another package
+        if data_type == kind:
+            return torch.from_numpy(array.astype(np.float32)).to(_TYPES[kind])
     return torch.from_numpy(np.array(array))
 
 
@@ -201,9 +206,11 @@ def _quantize(inputs: list[Any], attributes: Attributes) -> Tensor:
     value, scale, *others = inputs
     kind = others[0].dtype if others else torch.uint8
     zero = _along(others[0], value, attributes).to(value.dtype) if others else 0
+    codes: Tensor = value / _along(scale, value, attributes)
+    if kind.is_floating_point:
+        return codes.clamp(torch.finfo(kind).min, torch.finfo(kind).max).to(kind)
     info = torch.iinfo(kind)
-    codes = torch.round(value / _along(scale, value, attributes)) + zero
-    result: Tensor = codes.clamp(info.min, info.max).to(kind)
+    result: Tensor = (torch.round(codes) + zero).clamp(info.min, info.max).to(kind)
     return result
 
 

@@ -1,13 +1,16 @@
-"""A typed ONNX file as a program of PyTorch's own format."""
+"""A typed ONNX file as a program of PyTorch's own format, and as a function."""
 
 import io
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from autocomp.engines.onnx_graph import parse
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
 
-__all__ = ["exported_program"]
+__all__ = ["exported_program", "torch_function"]
 
 
 def exported_program(onnx: bytes) -> bytes:
@@ -27,3 +30,19 @@ def exported_program(onnx: bytes) -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file)
     return file.getvalue()
+
+
+def torch_function(onnx: bytes) -> Callable[..., NDArray[np.float32]]:
+    """What the file says, computed by torch on the CPU: takes an array for each of its inputs.
+
+    Raises:
+        EngineError: no ONNX model, or an operator that torch does not know under ONNX's name.
+    """
+    module = OnnxModule(onnx).eval()
+
+    def run(*inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            found: NDArray[np.float32] = module(*map(torch.from_numpy, inputs)).float().numpy()
+        return found
+
+    return run

@@ -1,5 +1,6 @@
 """Engines from the real builder of TensorRT-RTX, which needs no GPU, and every way in which a build ends badly."""
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ rtx = pytest.importorskip(
     "tensorrt_rtx_bindings", reason="tensorrt-rtx is not installed: pip install 'autocomp[tensorrt-rtx]'"
 )
 AHEAD = BackendSpec("tensorrt-rtx", batch=2, hardware="sm80,8.9,sm120")
+RANGE = BackendSpec("tensorrt-rtx", 4, hardware="sm89", batches=(1, 8))
 ONE = BuildOptions(("SM89",))
 
 
@@ -69,7 +71,7 @@ def test_one_engine_for_three_architectures_is_kept_and_found_again(resnet8: Cas
         np.testing.assert_allclose(result, resnet8.expected(Policy(), NUMERICS), rtol=1e-3, atol=1e-4)
         with pytest.raises(EngineError, match="ahead of time for SM80, SM89, SM120: time it on such a GPU"):
             engine.time(1)
-    with pytest.raises(EngineError, match="nothing is timed for SM80"):
+    with pytest.raises(EngineError, match="nothing runs here for SM80"):
         backend.profile(data, 1)
 
 
@@ -91,13 +93,32 @@ def test_a_node_that_is_not_supported_is_named_with_its_layer(flavour: Flavour, 
 def test_the_first_error_of_the_builder_is_shown_in_one_line(flavour: Flavour, file: bytes) -> None:
     model = onnx.load_model_from_string(file)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "batch"
-    with pytest.raises(EngineError, match="no profile: export the model with fixed sizes") as caught:
+    with pytest.raises(EngineError, match="no profile: give --batches for images") as caught:
         build_plan(flavour, model.SerializeToString(), ONE)
     assert "\n" not in str(caught.value) and ".cpp" not in str(caught.value)
     first, second, *_ = [node for node in model.graph.node if node.op_type == "Conv"]
     first.input[1], second.input[1] = second.input[1], first.input[1]
     with pytest.raises(EngineError, match=r"cannot build the model: node \S+ \(Conv\) of layer"):
         build_plan(flavour, model.SerializeToString(), ONE)
+
+
+def test_a_range_of_batches_has_a_profile(resnet8: Case, tmp_path: Path) -> None:
+    backend = make_backend(RANGE)
+    assert isinstance(backend, TensorRtBackend)
+    data = resnet8.emit(Policy(), NUMERICS)
+    header = backend.save(data, tmp_path / "net.engine")
+    assert read_plan(tmp_path / "net.engine")[0] == header and (header.batch, header.batches) == (4, (1, 8))
+    other = replace(RANGE, batches=(2, 8))
+    assert header.key != make_backend(other).save(data, tmp_path / "other.engine").key  # type: ignore[attr-defined]
+    for batch in (1, 8):
+        header.check(find_flavour("tensorrt-rtx"), "SM89", batch)
+    with pytest.raises(EngineError, match="takes batches of 1 to 8, not 9: give --batch 4"):
+        header.check(find_flavour("tensorrt-rtx"), "SM89", 9)
+    with pytest.raises(EngineError, match="batch 2, not a range: give --batch 2"):
+        backend.save(prepare(data, 2), tmp_path / "fixed.engine")
+    with pytest.raises(ConfigError, match="batches 5 to 8 must hold --batch 4"):
+        replace(other, batches=(5, 8))
+    assert BackendSpec.from_json(json.loads(json.dumps(other.to_json()))) == other
 
 
 def test_a_builder_that_hangs_is_ended(
@@ -160,10 +181,10 @@ def test_the_data_centre_package_builds_for_the_gpu_at_hand_only(
 def test_engines_of_another_version_or_gpu_are_refused(flavour: Flavour, tmp_path: Path) -> None:
     header = PlanHeader("tensorrt-rtx", "1.0.0", ("SM89",), "", False, 2, "0")
     with pytest.raises(EngineError, match=rf"built by tensorrt-rtx 1\.0\.0 and {flavour} is installed: build it again"):
-        header.check(flavour, "SM89")
+        header.check(flavour, "SM89", 2)
     with pytest.raises(EngineError, match="built for SM89 and this GPU is SM120: build it again"):
-        replace(header, version=flavour.version).check(flavour, "SM120")
-    replace(header, version=flavour.version).check(flavour, "SM89")
+        replace(header, version=flavour.version).check(flavour, "SM120", 2)
+    replace(header, version=flavour.version).check(flavour, "SM89", 2)
     path = tmp_path / "net.engine"
     write_plan(path, header, b"plan")
     path.write_bytes(path.read_bytes() + b"!")

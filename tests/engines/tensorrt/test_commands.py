@@ -44,6 +44,8 @@ def test_build_writes_an_engine_and_says_what_for(
     ("arguments", "message"),
     [
         (("none.onnx",), "no file none.onnx"),
+        ((__file__, "--batches", "few"), "--batches few: give a range as 1-32"),
+        ((__file__, "--batches", "2-4", "--batch", "8"), "batches 2 to 4 must hold --batch 8"),
         (("none.onnx", "--engine", "onnxruntime"), "keeps no engine files: use tensorrt or tensorrt-rtx"),
     ],
 )

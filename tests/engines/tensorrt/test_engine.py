@@ -85,6 +85,7 @@ class Plan:
         self._shapes = {"logits": (BATCH, 10), "input": (BATCH, *shape)}
         self._addresses: dict[str, int] = {}
         self.fails = False
+        self.free = False  # whether the number of images is not set yet
 
     def create_execution_context(self) -> "Plan":
         return self
@@ -93,7 +94,11 @@ class Plan:
         return list(self._shapes)[index]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return (-1, *self._shapes[name][1:]) if self.free else self._shapes[name]
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        assert self.free and shape == self._shapes[name]
+        self.free = False
 
     def get_tensor_mode(self, name: str) -> Mode:
         return Mode.INPUT if name == "input" else Mode.OUTPUT
@@ -134,6 +139,14 @@ def test_any_number_of_images_in_batches(parts: Any, resnet8: Case, count: int) 
             engine.run(np.zeros((2, 3, 8, 9), np.float32))
     assert result.shape == (count, 10) and result.dtype == np.float32
     np.testing.assert_allclose(result, resnet8.expected(Policy())[:count], rtol=1e-3, atol=1e-4)
+
+
+def test_a_free_number_of_images_is_set_before_memory_is_taken(parts: Any, resnet8: Case) -> None:
+    flavour, plan, cuda = parts
+    plan.free = True
+    with TensorRtEngine(flavour, b"plan", cuda, BATCH) as engine:
+        result = engine.run(resnet8.images)
+    np.testing.assert_allclose(result, resnet8.expected(Policy()), rtol=1e-3, atol=1e-4)
 
 
 def test_times_are_of_single_launches_and_memory_is_given_back(parts: Any, resnet8: Case) -> None:

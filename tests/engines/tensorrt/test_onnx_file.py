@@ -7,8 +7,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from autocomp.engines.attribution import layer_of
 from autocomp.engines.tensorrt.backend import NUMERICS
-from autocomp.engines.tensorrt.onnx_file import LARGEST_BYTES, check_size, layer_of, prepare
+from autocomp.engines.tensorrt.onnx_file import LARGEST_BYTES, check_size, prepare
 from autocomp.errors import EngineError
 from autocomp.policy import FP32, INT8, Policy, Precision
 from tests.engines.conftest import Case
