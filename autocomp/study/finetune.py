@@ -124,6 +124,9 @@ def finetune_run(
     if best is None:
         raise RunError(f"{run.folder} shipped no model: there is nothing to fine-tune")
     images = training_images(bench)
+    if bench.splits.inputs and (recipe.crop or recipe.flip):
+        recipe = replace(recipe, crop=0, flip=0.0)
+        observer(Note("rows of several inputs are trained on as they are, without crops and mirroring"))
     old, reference = shipped_files(run.folder)
     checkpoint = run.folder / CHECKPOINT
     compressed, tuned = trained(bench, best.policy, images, recipe, observer, checkpoint, train)

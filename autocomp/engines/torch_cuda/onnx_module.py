@@ -1,6 +1,6 @@
 """A typed ONNX file as a torch module, operator by operator."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -55,27 +55,28 @@ class OnnxModule(nn.Module):
                 raise EngineError(f"torch has no operator {node.op_type}, which {node.name} is: use another engine")
             attributes = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
             self._steps.append((OPERATORS[node.op_type], attributes, list(node.input), node.output[0]))
-        self.input, self.output = graph.input[0].name, graph.output[0].name
+        self.inputs, self.output = [value.name for value in graph.input], graph.output[0].name
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch."""
+    def forward(self, *images: Tensor) -> Tensor:
+        """Logits of a batch, of which each input of the file is given in its order."""
         values = self._given(images)
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
         logits: Tensor = values[self.output]
         return logits
 
-    def steps(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def steps(self, *images: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every operator's value as it is computed, by the name it has in the file."""
         values = self._given(images)
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
             yield output, values[output]
 
-    def _given(self, images: Tensor) -> dict[str, Any]:
+    def _given(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """What is there before the first operator; an input that is left out is None."""
         tensors = {name: getattr(self, buffer) for name, buffer in self._names.items()}
-        return {"": None, self.input: _channels_last(images), **self._numbers, **tensors}
+        given = zip(self.inputs, map(_channels_last, images), strict=True)
+        return {"": None, **dict(given), **self._numbers, **tensors}
 
 
 def _tensor(array: np.ndarray[Any, Any], data_type: int) -> Tensor:
