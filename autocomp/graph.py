@@ -7,6 +7,7 @@ from math import prod
 
 from autocomp.errors import InputError
 from autocomp.policy import Policy, digest_of
+from autocomp.rows import Inputs, row_shape
 
 __all__ = ["Branch", "Group", "Layer", "LayerGraph", "Member", "Node"]
 
@@ -16,7 +17,7 @@ class Node:
     """One operator of the traced graph; its name is also the name of the value it produces, here and in the ONNX.
 
     Attributes:
-        name: unique; the model's input is a node of op ``input``.
+        name: unique; the model's inputs are nodes of op ``input``.
         op: ATen's short name (``conv2d``, ``relu``, ``add``, ``slice``, ``pad``, ``view``, ...).
         inputs: names of the activations it reads, in order (parameters are not listed).
         shape: of the produced value, without the batch axis.
@@ -145,7 +146,7 @@ class LayerGraph:
     """A traced model. Plain data; knows nothing of torch.
 
     Attributes:
-        nodes: all operators in topological order, the input first, ``output`` last.
+        nodes: all operators in topological order, inputs first, ``output`` last.
         output: name of the node that produces the logits.
         layers, groups, branches: see there.
         parameters: name -> shape of every tensor the traced model holds.
@@ -160,9 +161,15 @@ class LayerGraph:
     parameters: Mapping[str, tuple[int, ...]]
     left_whole: Mapping[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def inputs(self) -> Inputs:
+        """Name -> shape of the model's inputs, in the order of a row."""
+        return {node.name: node.shape for node in self.nodes if node.op == "input"}
+
     @property
     def input_shape(self) -> tuple[int, ...]:
-        return self.nodes[0].shape
+        """Of the only input, or of a row of several."""
+        return row_shape(self.inputs)
 
     @property
     def output_shape(self) -> tuple[int, ...]:

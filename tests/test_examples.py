@@ -14,7 +14,7 @@ from torchvision.models.detection.ssd import SSD
 
 import autocomp
 from autocomp.models import load_model
-from examples import dict_outputs, own_metric, own_model
+from examples import dict_outputs, own_metric, own_model, several_inputs
 from examples.detection import ssdlite
 
 FEW = {"engine": "simulated", "trials": 3, "baseline_trials": 0, "finalists": 1, "space": "prune"}
@@ -48,6 +48,25 @@ def test_own_model_data_and_metric_and_a_dict_of_outputs(
     assert own_metric.worst_class(outputs, outputs, labels.numpy()) == pytest.approx(expected, rel=1e-4)
     assert all(trial.score is None or trial.score.divergence > 0.1 for trial in found.front)  # no divergence: a loss
     assert set(dict_outputs.model()(images[:1])) == {"features", "logits"}
+
+
+def test_a_model_of_an_image_and_its_exposure(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    weights = tmp_path / "own_model.safetensors"
+    own_model.main(str(weights), epochs=1)
+    found = autocomp.search(
+        "examples.several_inputs:model", "examples.several_inputs:data", "0.8x", weights=str(weights),
+        calibration_images=64, search_images=128, selection_images=128, out=str(tmp_path / "run"),
+        **{**FEW, "space": "default"},
+    )  # fmt: skip
+    test = [inputs for inputs, _ in several_inputs.data()[2]]
+    images, exposures = (torch.stack([inputs[name] for inputs in test]) for name in ("image", "exposure"))
+    module = load_model("examples.own_model:model", weights, 10, embedded=False).module
+    session = onnxruntime.InferenceSession(tmp_path / "run" / "reference.onnx", providers=["CPUExecutionProvider"])
+    (outputs,) = session.run(None, {"image": images.numpy(), "exposure": exposures.numpy()})
+    with torch.inference_mode():
+        np.testing.assert_allclose(outputs, module(images / exposures).numpy(), rtol=1e-3, atol=1e-3)
+    assert found.best is not None
 
 
 class Maps(nn.Module):

@@ -69,13 +69,14 @@ def test_a_key_for_a_single_tensor_is_refused() -> None:
         check_logits(wrap_model(Several(lambda y: y), 4, "logits"), (3, 5, 5))
 
 
-def test_a_model_of_several_inputs_is_refused_by_their_names() -> None:
+def test_images_alone_for_a_model_of_several_inputs_are_refused_by_their_names() -> None:
     class Pair(Several):
         def forward(self, x: Tensor, age: Tensor, scale: float = 1.0) -> object:  # type: ignore[override]
             return super().forward(x)
 
-    with pytest.raises(ModelError, match=r"takes 2 inputs \(x, age\).*wrap it in a module whose forward\(x\)") as error:
-        wrap_model(Pair(lambda y: y), 4)
+    words = r"takes x, age, but the data yields images alone: let it yield \(\{'x': ..., 'age': ...\}, label\)"
+    with pytest.raises(ModelError, match=words) as error:
+        check_logits(wrap_model(Pair(lambda y: y), 4), (3, 5, 5))
     one_line(error)
 
 

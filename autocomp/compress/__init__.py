@@ -1,11 +1,11 @@
 """The torch side of compression: trace a model, collect statistics, turn a policy into weights, export."""
 
+from autocomp.compress.affine import Norm
 from autocomp.compress.apply import Compressed, compress, structure
 from autocomp.compress.arrays import logits_of, to_tensor
 from autocomp.compress.equalize import equalize
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.footprint import footprint
-from autocomp.compress.lowering import Norm
 from autocomp.compress.moments import Moments
 from autocomp.compress.ranges import calibration_notes
 from autocomp.compress.sensitivity import divergences

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from autocomp.compress.surgery import run
 
-__all__ = ["arrays_of", "logits_of", "to_tensor"]
+__all__ = ["arrays_of", "as_rows", "logits_of", "to_tensor"]
 
 
 def to_tensor(images: NDArray[np.float32]) -> Tensor:
@@ -25,3 +25,10 @@ def logits_of(module: nn.Module, images: NDArray[np.float32]) -> NDArray[np.floa
 def arrays_of(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
     """The floating-point ones among named tensors, sharing their memory."""
     return {name: tensor.numpy() for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def as_rows(images: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """What a traced module reads: images (n, ...), or several inputs as rows (n, numbers)."""
+    if isinstance(images, Tensor):
+        return images
+    return torch.cat([value.flatten(1) for value in images.values()], 1)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from autocomp.compress.lowering import Norm
+from autocomp.compress.affine import Norm
 from autocomp.compress.surgery import rebuild, shared_parameters, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.graph import Layer, LayerGraph

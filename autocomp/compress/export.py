@@ -18,6 +18,7 @@ from autocomp.compress.tracing import Traced
 from autocomp.errors import ModelError
 from autocomp.fake_quant import fake_quantize
 from autocomp.graph import LayerGraph
+from autocomp.rows import part
 
 __all__ = ["export_compressed", "export_onnx"]
 
@@ -114,15 +115,17 @@ def _distinct(tensors: Mapping[str, Tensor], graph: LayerGraph) -> dict[str, Ten
 def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Tensor]) -> bytes:
     """Export, then give the stand-ins their values back. The module is changed."""
     write_products(module, graph)
-    example = torch.zeros(2, *graph.input_shape)
+    if len(graph.inputs) > 1:
+        _part_inputs(module, graph)
+    free: Any = {0: torch.export.Dim.DYNAMIC}
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 module,
-                (example,),
+                tuple(torch.zeros(2, *shape) for shape in graph.inputs.values()),
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-                input_names=["input"],
+                dynamic_shapes=tuple(free for _ in graph.inputs),
+                input_names=list(graph.inputs),
                 output_names=["logits"],
                 verbose=False,
             )
@@ -138,6 +141,21 @@ def _export(module: fx.GraphModule, graph: LayerGraph, restored: Mapping[str, Te
         if initializer.name in restored:
             initializer.raw_data = restored[initializer.name].numpy().tobytes()
     return bytes(proto.SerializeToString())
+
+
+def _part_inputs(module: fx.GraphModule, graph: LayerGraph) -> None:
+    """Let a module read its inputs themselves in place of the parts of a row. In place."""
+    (row,) = (node for node in module.graph.nodes if node.op == "placeholder")
+    parts = {node.name: node for node in module.graph.nodes if node.target is part}
+    with module.graph.inserting_before(row):
+        for name in graph.inputs:
+            given = module.graph.placeholder(f"{name}_given")
+            if name in parts:
+                parts[name].replace_all_uses_with(given)
+                module.graph.erase_node(parts[name])
+    row.replace_all_uses_with(next(iter(module.graph.nodes)))  # only its batch is still asked for
+    module.graph.erase_node(row)
+    module.recompile()
 
 
 @contextlib.contextmanager

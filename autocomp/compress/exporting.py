@@ -3,7 +3,9 @@
 import linecache
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,12 +20,12 @@ __all__ = ["export", "state_of", "unused"]
 _FOREIGN = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
-def export(model: nn.Module, example: Tensor) -> fx.GraphModule:
+def export(model: nn.Module, example: Tensor | Mapping[str, Tensor]) -> fx.GraphModule:
     """The model as a graph of ATen operators with a dynamic batch axis.
 
     Args:
         model: in eval mode.
-        example: (n, ...) with n at least 2.
+        example: (n, ...) with n at least 2, several by name.
 
     Raises:
         ModelError: the model's code decides by values, fixes the number of images, or cannot be followed for another
@@ -32,8 +34,10 @@ def export(model: nn.Module, example: Tensor) -> fx.GraphModule:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dynamic = ({0: torch.export.Dim.DYNAMIC},)
-            found = torch.export.export(model, (example,), dynamic_shapes=dynamic).module(check_guards=False)
+            free: Any = {0: torch.export.Dim.DYNAMIC}
+            args, kwargs = ((example,), None) if isinstance(example, Tensor) else ((), dict(example))
+            dynamic = (free,) if kwargs is None else dict.fromkeys(kwargs, free)
+            found = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic).module(check_guards=False)
     except GuardOnDataDependentSymNode as error:
         raise ModelError(
             f"forward() decides by the values of a tensor{_place(error)}: use torch.where, which computes both sides, "

@@ -2,20 +2,23 @@
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.compress.affine import CONVOLUTIONS, Affine, Norm
+from autocomp.compress.arrays import as_rows
 from autocomp.compress.batch_first import batch_first, sample_shape
+from autocomp.compress.draft import Draft, is_known
 from autocomp.compress.exporting import export, unused
 from autocomp.compress.naming import op_of, value_of
 from autocomp.errors import ModelError
+from autocomp.rows import Inputs
 
-__all__ = ["Lowered", "Norm", "lower"]
+__all__ = ["Lowered", "lower"]
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 # Operators that hand their first input on unchanged once a model is in eval mode and its graph is pure.
 _IDENTITIES = frozenset(
     {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
@@ -29,23 +32,8 @@ _CREATING = frozenset(
 
 
 @dataclass(frozen=True)
-class Norm:
-    """A batch norm that was folded into a layer, in units of the folded layer's output.
-
-    Attributes:
-        beta: mean it gives each channel, shape (channels,).
-        gamma: magnitude of the deviation it gives each channel, shape (channels,).
-        epsilon: what it adds to the variance before the root, shape (channels,).
-    """
-
-    beta: Tensor
-    gamma: Tensor
-    epsilon: Tensor
-
-
-@dataclass(frozen=True)
 class Lowered:
-    """A flat model: one placeholder, parameters by name, one output.
+    """A flat model: one placeholder, of images or rows, parameters by name, one output.
 
     Attributes:
         module: runs it. A node's name is the name of its value; the last one is called ``logits``.
@@ -64,23 +52,25 @@ class Lowered:
     unused: tuple[str, ...] = ()
 
 
-def lower(model: nn.Module, example: Tensor, expected: Tensor) -> Lowered:
+def lower(model: nn.Module, example: Tensor | Mapping[str, Tensor], expected: Tensor) -> Lowered:
     """Export an eval-mode model and flatten it.
 
     Args:
         model: is not changed, but must be the caller's own copy in eval mode.
-        example: (n, ...) with n at least 2; the batch axis of the result is dynamic.
+        example: (n, ...) with n at least 2; the batch axis of the result is dynamic. The result reads several inputs,
+            by name, as rows.
         expected: what the model gives on the example.
 
     Raises:
         ModelError: the model does not export, or the flat graph computes something else.
     """
     exported = export(model, example)
+    inputs = {} if isinstance(example, Tensor) else {name: tuple(value.shape[1:]) for name, value in example.items()}
     left_out = unused(model, exported)
     own = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
-    lowered = replace(_Rebuild(exported, frozenset(own)).run(), unused=left_out)
+    lowered = replace(_Lowering(Draft(exported, frozenset(own))).run(inputs), unused=left_out)
     with torch.no_grad():
-        found = lowered.module(example)
+        found = lowered.module(as_rows(example))
     tolerance = 1e-3 * max(float(expected.abs().max()), 1e-6)
     if found.shape != expected.shape or not float((found - expected).abs().max()) <= tolerance:
         raise ModelError(
@@ -90,87 +80,73 @@ def lower(model: nn.Module, example: Tensor, expected: Tensor) -> Lowered:
     return lowered
 
 
-@dataclass
-class _Rebuild:
+class _Lowering:
     """Writes an exported graph again, node by node."""
 
-    source: fx.GraphModule
-    own: frozenset[str]  # names of the model's parameters and buffers; other tensors are constants of its code
-    graph: fx.Graph = field(default_factory=fx.Graph)
-    values: dict[fx.Node, Any] = field(default_factory=dict)
-    state: dict[str, Tensor] = field(default_factory=dict)
-    parameters: dict[str, fx.Node] = field(default_factory=dict)
-    names: dict[fx.Node, str] = field(default_factory=dict)  # of known values that come from the model's own tensors
-    layers: dict[fx.Node, str] = field(default_factory=dict)
-    norms: dict[str, Norm] = field(default_factory=dict)
-    opaque: dict[str, str] = field(default_factory=dict)
+    def __init__(self, draft: Draft) -> None:
+        self._draft = draft
+        self._affine = Affine(draft)
 
-    def run(self) -> Lowered:
-        for node in self.source.graph.nodes:
-            if node.op == "placeholder":
-                self.values[node] = self._valued(self.graph.placeholder("x"), node)
-            elif node.op == "get_attr":
-                name, tensor = str(node.target), self._attribute(node)
-                self.values[node] = tensor if name in self.own else tensor.clone()
-                if name in self.own:
-                    self.names[node] = name
+    def run(self, inputs: Inputs) -> Lowered:
+        """Args: inputs: of a row; empty where the model has one input."""
+        draft, nodes = self._draft, list(self._draft.source.graph.nodes)
+        source = draft.open([node for node in nodes if node.op == "placeholder"], inputs)
+        for node in nodes:
+            if node.op == "get_attr":
+                draft.read(node)
             elif node.op == "output":
-                self.graph.output(self._mapped(_single(node.args[0])))
-            elif "_assert" not in op_of(node):
-                self.values[node] = self._operator(node)
-        source = next(node for node in self.graph.nodes if node.op == "placeholder")
-        batch_first(self.graph, source)
-        self.graph.output_node().args[0]._rename("logits")  # type: ignore[union-attr]
+                draft.graph.output(draft.mapped(_single(node.args[0])))
+            elif node.op != "placeholder" and "_assert" not in op_of(node):
+                draft.values[node] = self._operator(node)
+        batch_first(draft.graph, source)
+        draft.graph.output_node().args[0]._rename("logits")  # type: ignore[union-attr]
         batch = source.meta["val"].shape[0]
-        live = [node for node in self.graph.nodes if node.op in ("placeholder", "call_function")]
+        live = [node for node in draft.graph.nodes if node.op in ("placeholder", "call_function")]
         values = [(node, node.meta.pop("val", ())) for node in live]
-        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        root = {name: _frozen(tensor) for name, tensor in self.state.items() if name in used}
-        module = fx.GraphModule(root, self.graph).eval()
         return Lowered(
-            module,
+            draft.module(),
             {
                 value_of(node): sample_shape(value, batch) if isinstance(value, Tensor) else ()
                 for node, value in values
                 if isinstance(value, Tensor | tuple | list)
             },
-            {node.name: name for node, name in self.layers.items() if node in live},
-            self.norms,
-            self.opaque,
+            {node.name: name for node, name in self._affine.layers.items() if node in live},
+            self._affine.norms,
+            self._affine.opaque,
         )
 
     def _operator(self, node: fx.Node) -> Any:
-        op = op_of(node)
+        draft, op = self._draft, op_of(node)
         base = op.rstrip("_")
         if (constant := self._constant(node, op)) is not None:
             return constant
         if base in _IDENTITIES or (op == "slice" and _takes_all(node)):
-            return self._mapped(node.args[0])
-        if op in _CONVOLUTIONS:
-            return self._convolution(node)
+            return draft.mapped(node.args[0])
+        if op in CONVOLUTIONS:
+            return self._affine.convolution(node)
         if op == "linear":
-            return self._layer(node, node.target, (), {})
-        if op == "batch_norm" and (layer := self._foldable(node)) is not None:
-            return self._fold(node, layer)
+            return self._affine.linear(node)
+        if op == "batch_norm" and (layer := self._affine.foldable(node)) is not None:
+            return self._affine.fold(node, layer)
         if base in _FLATTENING and _flattens(node):
             flat = torch.ops.aten.flatten.using_ints
-            return self._create(node, flat, (self._mapped(node.args[0]), 1), {}, "flatten")
+            return draft.create(node, flat, (draft.mapped(node.args[0]), 1), {}, "flatten")
         if op in ("view", "_unsafe_view"):  # the copies that made its input contiguous are left out
-            sizes = fx.map_arg(node.args[1], self._mapped)
-            return self._create(node, torch.ops.aten.reshape.default, (self._mapped(node.args[0]), sizes), {}, op)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
+            sizes = fx.map_arg(node.args[1], draft.mapped)
+            return draft.create(node, torch.ops.aten.reshape.default, (draft.mapped(node.args[0]), sizes), {}, op)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), draft.mapped)
         written = args[0] if op != base else None
         if base == "silu":  # engines know its two parts, in int8 as well
-            gate = self._create(node, torch.ops.aten.sigmoid.default, args, {}, "sigmoid")
-            new = self._create(node, torch.ops.aten.mul.Tensor, (args[0], gate), {}, "mul")
+            gate = draft.create(node, torch.ops.aten.sigmoid.default, args, {}, "sigmoid")
+            new = draft.create(node, torch.ops.aten.mul.Tensor, (args[0], gate), {}, "mul")
         elif written is None or not isinstance(node.target, torch._ops.OpOverload):
-            return self._create(node, node.target, args, kwargs, op)
+            return draft.create(node, node.target, args, kwargs, op)
         else:
             pure = getattr(getattr(torch.ops.aten, base), node.target._overloadname)
-            new = self._create(node, pure, args, kwargs, base)
-        for old, value in self.values.items():  # later readers of the overwritten tensor read the new value
+            new = draft.create(node, pure, args, kwargs, base)
+        for old, value in draft.values.items():  # later readers of the overwritten tensor read the new value
             if written is not None and value is written:
-                self.values[old] = new
+                draft.values[old] = new
         return new
 
     def _constant(self, node: fx.Node, op: str) -> Any:
@@ -179,179 +155,25 @@ class _Rebuild:
         It is computed at once. So what is written in place into parts of such a tensor (an attention mask's windows,
         say) is in it when the first other operator reads it, and a weight that is computed from parameters is one.
         """
+        draft = self._draft
         if not (isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem):
             return None
         read = [entry for entry in node.all_input_nodes if not (op.startswith("new_") and entry is node.args[0])]
-        if not all(_is_known(self.values[entry]) for entry in read) or not (read or op in _CREATING):
+        if not all(is_known(draft.values[entry]) for entry in read) or not (read or op in _CREATING):
             return None
         own = node.args[1:] if op.startswith("new_") else node.args
-        args, kwargs = fx.map_arg((own, node.kwargs), self.values.__getitem__)
+        args, kwargs = fx.map_arg((own, node.kwargs), draft.values.__getitem__)
         if op.startswith("new_"):
             args = (torch.empty(0, dtype=node.meta["val"].dtype), *args)
         target: Any = node.target
         with torch.no_grad():
             value = target(*args, **{name: value for name, value in kwargs.items() if name != "device"})
-        sources = [entry for entry in read if entry in self.names]
+        sources = [entry for entry in read if entry in draft.names]
         if sources:
-            first = self.values[sources[0]]
+            first = draft.values[sources[0]]
             same = isinstance(value, Tensor) and isinstance(first, Tensor) and value.is_set_to(first)
-            self.names[node] = self.names[sources[0]] if same else f"computed.{node.name}"
+            draft.names[node] = draft.names[sources[0]] if same else f"computed.{node.name}"
         return value
-
-    def _convolution(self, node: fx.Node) -> fx.Node:
-        """Write all seven arguments out, spatial ones as lists, padding as numbers."""
-        names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        weight = given["weight"].meta["val"]
-        rank = weight.ndim - 2
-
-        def spread(value: Any) -> list[int]:
-            return [int(value)] * rank if isinstance(value, int) else [int(v) for v in value] * (rank // len(value))
-
-        stride, dilation = spread(given.get("stride", 1)), spread(given.get("dilation", 1))
-        padding = given.get("padding", 0)
-        target = getattr(torch.ops.aten, op_of(node)).default
-        if isinstance(padding, str):
-            total = [d * (k - 1) if padding == "same" else 0 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-            if any(entry % 2 for entry in total):  # one side gets more: no plain number says that
-                self.opaque[node.name] = "its 'same' padding is uneven"
-                args, kwargs = fx.map_arg((node.args, node.kwargs), self._mapped)
-                return self._create(node, node.target, args, kwargs, op_of(node))
-            padding = [entry // 2 for entry in total]
-        return self._layer(node, target, (stride, spread(padding), dilation, given.get("groups", 1)), given)
-
-    def _layer(self, node: fx.Node, target: Any, rest: tuple[Any, ...], given: Mapping[str, Any]) -> fx.Node:
-        """A convolution or linear operator; one with plain parameters gets a bias if it has none."""
-        named: Any = given or dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-        weight, bias = named["weight"], named.get("bias")
-        name = self._layer_of(node, weight, bias)
-        if name and bias is None:
-            self._parameter(f"{name}.bias", torch.zeros(weight.meta["val"].shape[0]))
-        for part, entry in (("weight", weight), ("bias", bias)) if name else ():
-            if self._is_computed(entry):
-                self.names[entry] = f"{name}.{part}"
-        if not name:
-            self.opaque[self.names.get(weight, node.name)] = "its weight or bias is no parameter of its own module"
-        mapped = self._mapped(bias) if bias is not None else self.parameters.get(f"{name}.bias")
-        new = self._create(
-            node, target, (self._mapped(named["input"]), self._mapped(weight), mapped, *rest), {}, op_of(node)
-        )
-        if name:
-            self.layers[new] = name
-        return new
-
-    def _layer_of(self, node: fx.Node, weight: fx.Node, bias: fx.Node | None) -> str:
-        """The module that weight and bias are parameters of, "" for none.
-
-        Computed ones become parameters of the module of the other one, else of the one that the operator is in.
-        """
-        own = [
-            _module_of(self.names.get(entry, ""), part)
-            for part, entry in (("weight", weight), ("bias", bias))
-            if entry is not None and not self._is_computed(entry)
-        ]
-        stack = node.meta.get("nn_module_stack") or {"": ("", None)}
-        name = own[0] if own else str([*stack.values()][-1][0])
-        other = any(entry != name for entry in own[1:]) and len(weight.users) == 1
-        if not name or other or (bias is not None and bias not in self.names):
-            return ""
-        for part, entry in (("weight", weight), ("bias", bias)):
-            known = self.state.get(f"{name}.{part}")
-            if entry is None or known is None or not self._is_computed(entry):
-                continue
-            if not torch.equal(known, self.values[entry]):
-                return ""
-        return name
-
-    def _is_computed(self, entry: fx.Node) -> bool:
-        """Whether a value was computed from the model's own tensors."""
-        return entry in self.names and self.names[entry] not in self.own
-
-    def _foldable(self, node: fx.Node) -> fx.Node | None:
-        """The layer whose output only this batch norm reads, and whose parameters only that layer reads."""
-        source = node.args[0]
-        if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
-            return None
-        new, norm = self.values[source], self._norm(node)
-        if new not in self.layers or not all(entry is None or _is_known(entry) for entry in norm):
-            return None
-        plain = op_of(new) in _CONVOLUTIONS or new.meta["val"].ndim == 2
-        return new if plain and all(len(entry.users) == 1 for entry in new.args[1:3]) else None
-
-    def _norm(self, node: fx.Node) -> list[Any]:
-        """Factor, shift, mean and variance of a batch norm, None where it has none."""
-        given: tuple[Any, ...] = node.args[1:5]
-        return [None if entry is None else self.values[entry] for entry in given]
-
-    def _fold(self, node: fx.Node, layer: fx.Node) -> fx.Node:
-        scale, shift, mean, variance = self._norm(node)
-        epsilon = float(node.args[7])  # type: ignore[arg-type]
-        name = self.layers[layer]
-        weight, bias = self.state[f"{name}.weight"].double(), self.state[f"{name}.bias"].double()
-        assert mean is not None and variance is not None  # eval mode
-        gamma = torch.ones_like(mean) if scale is None else scale
-        beta = torch.zeros_like(mean) if shift is None else shift
-        factor = gamma.double() / torch.sqrt(variance.double() + epsilon)
-        self.state[f"{name}.weight"] = (weight * factor.reshape(-1, *[1] * (weight.ndim - 1))).float()
-        self.state[f"{name}.bias"] = ((bias - mean.double()) * factor + beta.double()).float()
-        self.norms[name] = Norm(
-            beta.detach().clone(), gamma.detach().abs(), (epsilon * factor.square()).float().detach()
-        )
-        return layer
-
-    def _parameter(self, name: str, tensor: Tensor) -> fx.Node:
-        for part in ("weight", "bias"):
-            if owner := _module_of(name, part):
-                name = f"{owner}.{part}"
-        if name not in self.parameters:
-            self.state[name] = tensor.detach()
-            self.parameters[name] = self.graph.create_node("get_attr", name, name="p_" + name.replace(".", "_"))
-        return self.parameters[name]
-
-    def _attribute(self, node: Any) -> Tensor:
-        value: Any = self.source
-        for part in str(node.target).split("."):
-            value = getattr(value, part)
-        if not isinstance(value, Tensor):
-            raise ModelError(f"the model has control flow in its graph ({node.target}): write it without torch.cond")
-        return value.detach()
-
-    def _mapped(self, node: Any) -> Any:
-        value = self.values[node]
-        if not isinstance(value, Tensor):
-            return value
-        name = self.names.get(node)
-        return (
-            self._parameter(f"constants.{node.name}", value.clone()) if name is None else self._parameter(name, value)
-        )
-
-    def _create(self, node: fx.Node, target: Any, args: Any, kwargs: Any, name: str) -> fx.Node:
-        return self._valued(self.graph.create_node("call_function", target, args, kwargs, name=name), node)
-
-    def _valued(self, new: fx.Node, node: fx.Node) -> fx.Node:
-        if "val" in node.meta:
-            new.meta["val"] = node.meta["val"]
-        return new
-
-
-def _module_of(parameter: str, part: str) -> str:
-    """The layer whose ``part`` a parameter is, "" for none: an ``in_proj_weight`` belongs to a layer ``in_proj``."""
-    path, _, last = parameter.rpartition(".")
-    if last == part:
-        return path
-    if last.endswith(f"_{part}") and path:
-        return f"{path}.{last.removesuffix(f'_{part}')}"
-    return ""
-
-
-def _is_known(value: Any) -> bool:
-    """Whether a value of the graph that is written is a tensor, or several."""
-    return isinstance(value, Tensor) or (isinstance(value, tuple | list) and all(map(_is_known, value)))
-
-
-def _frozen(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().clone().contiguous()
-    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
 
 
 def _flattens(node: fx.Node) -> bool:

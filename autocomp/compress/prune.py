@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from autocomp.compress.lowering import Norm
+from autocomp.compress.affine import Norm
 from autocomp.compress.means import FoldedMeans, fold_means
 from autocomp.compress.naming import value_of
 from autocomp.compress.ordering import select

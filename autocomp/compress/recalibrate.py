@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autocomp.compress.lowering import Norm
+from autocomp.compress.affine import Norm
 from autocomp.compress.surgery import batches
 from autocomp.graph import LayerGraph
 

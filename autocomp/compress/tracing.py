@@ -9,17 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from autocomp.compress.affine import Norm
+from autocomp.compress.arrays import as_rows
 from autocomp.compress.branches import find_branches
 from autocomp.compress.coupling import admit, couple
 from autocomp.compress.exporting import state_of
-from autocomp.compress.lowering import Lowered, Norm, lower
+from autocomp.compress.lowering import Lowered, lower
 from autocomp.compress.naming import op_of, reason_of, value_of
 from autocomp.compress.shapes import Shapes
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
 from autocomp.compress.wire import Packed, pack, unpack
 from autocomp.errors import ModelError
 from autocomp.graph import Branch, Group, Layer, LayerGraph, Node
-from autocomp.models import first_not_finite, logits_in
+from autocomp.models import called, first_not_finite, logits_in
+from autocomp.rows import part
 
 __all__ = ["Traced", "trace"]
 
@@ -50,12 +53,13 @@ def _received(graph: LayerGraph, module: Packed, norms: Mapping[str, Norm], note
     return Traced(graph, unpack(module), norms, notes)
 
 
-def trace(model: nn.Module, example: Tensor) -> Traced:
+def trace(model: nn.Module, example: Tensor | Mapping[str, Tensor]) -> Traced:
     """Trace a trained model. The model is copied; weights, buffers and modes of the caller's stay as they are.
 
     Args:
         model: maps float images to one tensor of logits.
-        example: images (n, *shape) of any n of at least 1, as the model will see them.
+        example: images (n, *shape) of any n of at least 1, as the model will see them. Several inputs are given by the
+            names of forward()'s arguments; the traced module then reads them as rows (`autocomp.rows`), in their order.
 
     Raises:
         ModelError: the model cannot be copied, run or exported, returns something else than one float tensor
@@ -69,12 +73,12 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
         raise ModelError(
             "the model has no convolution or linear layer with weights of its own: there is nothing to compress"
         )
-    coupling = couple(lowered.module, example, layers, lowered.layers, shared)
+    coupling = couple(lowered.module, as_rows(example), layers, lowered.layers, shared)
     lowered = replace(lowered, module=coupling.module)
     tensors = tensors_of(lowered.module)
     parameters = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     graph = LayerGraph(nodes, "logits", layers, coupling.groups, find_branches(nodes, layers), parameters)
-    trial = _Trial(lowered.module, graph, tensors, example)
+    trial = _Trial(lowered.module, graph, tensors, as_rows(example))
     groups = admit([group for group in graph.groups if not trial.ends(group)], trial.prunes)
     branches = admit(graph.branches, trial.drops)
     whole = {**lowered.opaque, **coupling.left_whole, **{name: _sharing(own, name) for name in sorted(shared)}}
@@ -90,23 +94,34 @@ def trace(model: nn.Module, example: Tensor) -> Traced:
     return Traced(graph, lowered.module, lowered.norms, tuple(notes))
 
 
-def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor, Tensor]:
+Images = Tensor | Mapping[str, Tensor]
+
+
+def _example(images: Images) -> Images:
+    """From two to eight images."""
+    if isinstance(images, Mapping) and images and len({len(value) for value in images.values()}) == 1:
+        return {name: _example(value) for name, value in images.items()}  # type: ignore[misc]
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 2 or len(images) == 0:
+        raise ModelError("the example must be a float tensor of images (n, ...) with n at least 1, or several by name")
+    images = images.detach().to("cpu", torch.float32)
+    return torch.cat([images, images])[: max(2, min(len(images), 8))]
+
+
+def _prepared(model: nn.Module, example: Images) -> tuple[nn.Module, Images, Tensor]:
     """The caller's model copied to the CPU in eval mode, an example of at least two images, and its logits."""
-    if not isinstance(example, Tensor) or not example.is_floating_point() or example.ndim < 2 or len(example) == 0:
-        raise ModelError("the example must be a float tensor of images (n, ...) with n at least 1")
-    example = example.detach().to("cpu", torch.float32)
-    example = torch.cat([example, example])[: max(2, min(len(example), 8))]
+    example = _example(example)
+    count = len(as_rows(example))
+    shapes = tuple(example.shape) if isinstance(example, Tensor) else {n: tuple(x.shape) for n, x in example.items()}
     try:
         own = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
         before = state_of(own)
         with torch.no_grad():
-            outputs = own(example)
+            outputs = called(own, example)
     except Exception as error:  # the user's code runs here: anything can come out of it
         raise ModelError(
-            f"the model does not run on images of shape {tuple(example.shape)} ({reason_of(error)}): "
-            "check the model against the data"
+            f"the model does not run on images of shape {shapes} ({reason_of(error)}): check the model against the data"
         ) from error
-    logits = logits_in(outputs, len(example), "the model")
+    logits = logits_in(outputs, count, "the model")
     if not bool(torch.isfinite(logits).all()):
         place = first_not_finite(own, example)
         raise ModelError(f"the model returns NaN or infinity on the example{place}: check weights and data's scaling")
@@ -136,8 +151,12 @@ def _nodes(lowered: Lowered) -> tuple[Node, ...]:
             inputs = tuple(value_of(entry) for entry in node.all_input_nodes if value_of(entry) in lowered.shapes)
             if op_of(node) in ("add", "mul", "cat") and not node.kwargs:
                 inputs = _in_order(node, lowered.shapes)
-            op = "input" if node.op == "placeholder" else op_of(node)
-            nodes.append(Node(name, op, inputs, lowered.shapes[name]))
+            if node.target is part:
+                nodes.append(Node(name, "input", (), lowered.shapes[name]))
+            elif node.op != "placeholder":
+                nodes.append(Node(name, op_of(node), inputs, lowered.shapes[name]))
+            elif part not in {user.target for user in node.users}:
+                nodes.append(Node(name, "input", inputs, lowered.shapes[name]))
     return tuple(nodes)
 
 

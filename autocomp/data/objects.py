@@ -1,7 +1,7 @@
 """The user's own torch datasets and loaders as splits."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset,
 from autocomp.data.splits import CLASSES, Batch, DataOptions, Splits, assemble, draw, hash_arrays
 from autocomp.errors import DataError
 from autocomp.policy import digest_of
+from autocomp.rows import Inputs
 
 __all__ = ["DatasetSplit", "splits_from_objects"]
 
@@ -24,6 +25,8 @@ DIGEST_IMAGES = 32
 class DatasetSplit:
     """Some items of a map-style dataset, each an (image, label) pair, or an image alone.
 
+    In place of an image may stand a mapping of several inputs by name, which is read as a row.
+
     What varies from one reading to the next, such as random augmentation, makes runs differ.
 
     Attributes:
@@ -34,6 +37,7 @@ class DatasetSplit:
         source: for messages.
         labelled: items have labels; where they have none, an image's label is its index in the dataset, by which the
             user's metric can look up what belongs to it.
+        inputs: as of `Splits`.
     """
 
     dataset: Any
@@ -42,6 +46,7 @@ class DatasetSplit:
     classes: int
     source: str
     labelled: bool = True
+    inputs: Inputs = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -69,13 +74,20 @@ class DatasetSplit:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(f"{self.source}: cannot read {where} ({reason}): yield (image tensor, label)") from error
 
+    def opened(self) -> Self:
+        """With what its first item tells: whether there are labels, and which inputs."""
+        images, labels = _parted(self.collated(self.indices[:1]), self.source)
+        inputs = {} if isinstance(images, torch.Tensor) else {name: tuple(x.shape[1:]) for name, x in images.items()}
+        return replace(self, labelled=labels is not None, inputs=inputs)
+
     def _read(self, indices: NDArray[np.int64]) -> Batch:
-        images, labels = _parted(self.collated(indices), self.source)
+        found, labels = _parted(self.collated(indices), self.source)
+        images = found if isinstance(found, torch.Tensor) else self._rows(found)
         if (labels is not None) != self.labelled:
             raise DataError(f"{self.source}: some items have labels and some have none: give all of them one, or none")
         if labels is None:
             labels = torch.from_numpy(indices)
-        if images.ndim != 4 or not images.is_floating_point():
+        if images.ndim != (2 if self.inputs else 4) or not images.is_floating_point():
             raise DataError(
                 f"{self.source}: images are {images.dtype} {tuple(images.shape[1:])}: yield float tensors (c, h, w), "
                 "normalised as in training"
@@ -91,6 +103,21 @@ class DatasetSplit:
             )
         return images.detach().float().cpu().numpy(), labels.to(torch.int64).cpu().numpy()
 
+    def _rows(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Several inputs side by side, (n, numbers)."""
+        shapes = {name: tuple(value.shape[1:]) for name, value in given.items()}
+        if shapes != self.inputs or list(shapes) != list(self.inputs):
+            raise DataError(
+                f"{self.source}: inputs are {shapes}, those of the first item {dict(self.inputs)}: make "
+                "names, order and shapes equal"
+            )
+        for name, value in given.items():
+            if value.ndim < 2 or not value.is_floating_point():
+                raise DataError(
+                    f"{self.source}: input {name} is {value.dtype} {shapes[name]}: yield float tensors with an axis"
+                )
+        return torch.cat([value.reshape(len(value), -1) for value in given.values()], 1)
+
 
 def splits_from_objects(
     data: object, options: DataOptions | None = None, *, classes: int | None = None, source: str = "objects"
@@ -99,7 +126,8 @@ def splits_from_objects(
 
     Args:
         data: a `Splits`, which is returned as it is; or (train, test), or (train, validation, test), of map-style torch
-            datasets or loaders of them, whose items are (normalised image tensor (c, h, w), label), or images alone.
+            datasets or loaders of them, whose items are (normalised image tensor (c, h, w), label), or images alone. A
+            model of several inputs wants {name of forward's argument: float tensor} in place of the image.
             Search and selection are drawn from the validation part, else from ``train``.
         options: sizes and seed, the defaults where None; images come ready, so mean, std and size must not be given.
         classes: how many there are; None reads all labels to find out, and means 1,000 where there are none.
@@ -125,9 +153,8 @@ def splits_from_objects(
     parts = {name: replace(part, classes=classes) for name, part in parts.items()}
     train, test = parts["train"], parts["test"]
     first = {name: next(part.batches(1))[0].shape[1:] for name, part in parts.items()}
-    if len(set(first.values())) > 1:
+    if len({(shape, tuple(parts[name].inputs.items())) for name, shape in first.items()}) > 1:
         raise DataError(f"{source}: images differ in shape between the parts, {first}: make them equal")
-    channels, height, width = first["train"]
 
     def pick(part: DatasetSplit, chosen: NDArray[np.int64]) -> DatasetSplit:
         return replace(part, indices=part.indices[chosen])
@@ -149,10 +176,11 @@ def splits_from_objects(
         test,
         rest,
         classes=classes,
-        input_shape=(channels, height, width),
+        input_shape=first["train"],
         from_training="validation" not in parts,
         source=source,
         labelled=labelled,
+        inputs=train.inputs,
     )
 
 
@@ -171,21 +199,24 @@ def _open(part: object, source: str) -> DatasetSplit:
             indices = np.unique(np.fromiter(sampler, np.int64))
     if len(indices) == 0:
         raise DataError(f"{source} is empty: give it images")
-    part = DatasetSplit(dataset, indices, collate, np.iinfo(np.int64).max, source)
-    return replace(part, labelled=_parted(part.collated(indices[:1]), source)[1] is not None)
+    return DatasetSplit(dataset, indices, collate, np.iinfo(np.int64).max, source).opened()
 
 
-def _parted(batch: Any, source: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Images and labels of a collated batch; None for labels where it has images alone."""
+def _parted(batch: Any, source: str) -> tuple[torch.Tensor | Mapping[str, torch.Tensor], torch.Tensor | None]:
+    """Images, or several inputs by name, and labels of a collated batch; None for labels where there are none."""
     entries = batch if isinstance(batch, list | tuple) else [batch]
-    if len(entries) > 2 or any(isinstance(entry, Mapping | list | tuple) for entry in entries[:1]):
+    if len(entries) > 2 or any(isinstance(entry, list | tuple) for entry in entries[:1]):
         raise DataError(
-            f"{source}: items are more than an image and a label, but engines are fed one image tensor: yield (image, "
-            "label), and wrap the model in a module that computes its other inputs or holds them as buffers"
+            f"{source}: items are more than an image and a label: yield (image, label), or for a model of several "
+            "inputs ({name of forward's argument: tensor, ...}, label)"
         )
-    if not entries or not all(isinstance(entry, torch.Tensor) for entry in entries):
+    images: Any = entries[0] if entries else None
+    several = list(images.values()) if isinstance(images, Mapping) else []
+    if not entries or not all(isinstance(entry, torch.Tensor) for entry in (*(several or [images]), *entries[1:])):
         raise DataError(f"{source}: items are not pairs (image tensor, label): make them so, or yield images alone")
-    return entries[0], entries[1] if len(entries) == 2 else None
+    if len(several) == 1:
+        images = several[0]
+    return images, entries[1] if len(entries) == 2 else None
 
 
 def _largest_label(part: DatasetSplit) -> int:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from autocomp.errors import DataError
 from autocomp.policy import digest_of
+from autocomp.rows import Inputs, row_shape
 
 __all__ = [
     "CLASSES",
@@ -48,7 +49,7 @@ class Split(Protocol):
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield images (n, c, h, w), float32 and normalised, with labels (n,), int64; n is ``size`` but for the rest.
 
-        Images are read and converted batch by batch.
+        Images are read and converted batch by batch. Where a model has several inputs, an image is a row of them.
 
         Raises:
             DataError: an image cannot be read, or holds NaN.
@@ -76,12 +77,13 @@ class Splits:
         test: read once, at the end.
         train: for fine-tuning; None where the source has none.
         classes: labels lie in [0, classes).
-        input_shape: (c, h, w) of one image.
+        input_shape: (c, h, w) of one image, (numbers,) of a row of several inputs.
         labelled: False where labels mean nothing (noise).
         from_training: ``search`` and ``selection`` come from images the model may have been trained on, so
             accuracy on them does not compare with accuracy on ``test``.
         source: what the user asked for.
         digest: SHA-256 over the splits' digests.
+        inputs: name -> shape of each of several inputs that a row holds; empty for images alone.
     """
 
     calibration: Split
@@ -90,11 +92,12 @@ class Splits:
     test: Split
     train: Split | None
     classes: int
-    input_shape: tuple[int, int, int]
+    input_shape: tuple[int, ...]
     labelled: bool
     from_training: bool
     source: str
     digest: str
+    inputs: Inputs = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration", "search", "selection", "test"):
@@ -102,7 +105,9 @@ class Splits:
                 raise DataError(f"{self.source}: the {name} split is empty: give it at least one image")
         if self.classes < 2:
             raise DataError(f"{self.source}: {self.classes} class leaves nothing to tell apart: give at least 2")
-        if len(self.input_shape) != 3 or min(self.input_shape) < 1:
+        if self.inputs and self.input_shape != row_shape(self.inputs):
+            raise DataError(f"{self.source}: rows of shape {self.input_shape} do not hold inputs {dict(self.inputs)}")
+        if not self.inputs and (len(self.input_shape) != 3 or min(self.input_shape) < 1):
             raise DataError(f"{self.source}: images of shape {self.input_shape} are not (channels, height, width)")
 
 
@@ -150,17 +155,17 @@ def assemble(
     train: Split | None,
     *,
     classes: int,
-    input_shape: tuple[int, int, int],
+    input_shape: tuple[int, ...],
     from_training: bool,
     source: str,
     labelled: bool = True,
+    inputs: Inputs | None = None,
 ) -> Splits:
     """`Splits` with the digest of its parts."""
     parts = [calibration, search, selection, test, *([] if train is None else [train])]
     digest = digest_of([part.digest for part in parts])
-    return Splits(
-        calibration, search, selection, test, train, classes, input_shape, labelled, from_training, source, digest
-    )
+    shapes = (classes, input_shape, labelled, from_training)
+    return Splits(calibration, search, selection, test, train, *shapes, source, digest, inputs or {})
 
 
 def permutation(count: int, seed: int) -> NDArray[np.int64]:

@@ -121,10 +121,10 @@ def by_graph_value(onnx: bytes, times: Mapping[str, float], values: Mapping[str,
         names.setdefault(theirs, ours)  # of several the first: the others were merged into it
     output = graph.output[0].name
     names |= {f"{output}_float": names[output]} if output in names else {}
-    first = graph.input[0].name
+    inputs = [value.name for value in graph.input]
     steps = {node.output[0] for node in _readers_of_tensors(graph).values()}
     reading = {value: node.output[0] for node in reversed(graph.node) for value in node.input}
-    known = {first: names.get(first, first)}
+    known = {name: names.get(inputs[0], inputs[0]) for name in inputs}
 
     def ahead(value: str) -> str:
         while value not in names:

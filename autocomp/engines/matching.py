@@ -67,6 +67,7 @@ def match_values(
         for value in dict.fromkeys(operator.input):
             readers.setdefault(value, []).append(operator)
     values = _anchors(graph, readers, initializers)
+    values |= {name: name for name in graph.inputs if name in readers}
     values[graph.output] = output
     writers = {value: operator for operator in nodes for value in operator.output}
     for node in graph.nodes:

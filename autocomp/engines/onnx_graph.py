@@ -194,9 +194,9 @@ class _Writer:
     def nodes(self) -> Iterator[onnx.NodeProto]:
         """The live nodes in topological order, Q/DQ pairs behind the values that are quantized."""
         output = self._template.output
-        first = self._template.graph.nodes[0].name
-        if first in self._template.values:
-            yield from self._pair(self._onnx_name(first))
+        for name in self._template.graph.inputs:
+            if name in self._template.values:
+                yield from self._pair(self._onnx_name(name))
         for original in self._live():
             node = onnx.NodeProto()
             node.CopyFrom(original)

@@ -16,11 +16,13 @@ from onnxruntime.capi import onnxruntime_pybind11_state as state
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
+from autocomp.engines.feeds import fixed_shape, noise
 from autocomp.engines.onnx_graph import parse
 from autocomp.engines.processor import cpu_device, weight_max
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes
+from autocomp.rows import parts_of, row_shape
 
 __all__ = ["OnnxRuntimeBackend", "OnnxRuntimeEngine", "exact_engine", "session_options"]
 
@@ -103,22 +105,18 @@ class OnnxRuntimeEngine:
         parse(onnx)  # a clearer error than the runtime's
         self._session: Any = _session(onnx, options or session_options(threads))
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type != "tensor(float)" or len(inputs[0].shape) < 2:
-            raise EngineError("the model must read one float32 tensor and return one: export it so")
-        fixed, *shape = inputs[0].shape
-        if isinstance(fixed, int) and fixed != batch:
-            raise EngineError(f"the model has batch {fixed}, not {batch}: give --batch {fixed} or free that axis")
-        if not all(isinstance(size, int) for size in shape):
-            raise EngineError(f"the model's input shape {shape} is not fixed: export it with fixed sizes")
-        self._shape = tuple(shape)
+        if not inputs or len(outputs) != 1 or any(e.type != "tensor(float)" or len(e.shape) < 2 for e in inputs):
+            raise EngineError("the model must read float32 tensors and return one: export it so")
+        self._inputs = {entry.name: fixed_shape(entry.shape, batch) for entry in inputs}
         self._batch = batch
-        self._input, self._output = inputs[0].name, outputs[0].name
-        images = np.random.default_rng(0).standard_normal((batch, *self._shape)).astype(np.float32)
+        self._output = outputs[0].name
+        images = noise(self._inputs, batch)
         self._binding = self._session.io_binding()
-        self._images = ort.OrtValue.ortvalue_from_numpy(images)
-        self._binding.bind_ortvalue_input(self._input, self._images)
+        self._images = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in images.items()}
+        for name, value in self._images.items():
+            self._binding.bind_ortvalue_input(name, value)
         try:
-            first = self._session.run([self._output], {self._input: images})[0]
+            first = self._session.run([self._output], images)[0]
         except _FAILURES as error:
             raise EngineError(f"onnxruntime cannot run the model: {one_line(error)}") from error
         self._logits = ort.OrtValue.ortvalue_from_numpy(first)
@@ -126,16 +124,17 @@ class OnnxRuntimeEngine:
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of any number of images; the last batch is filled up with zeros, whose results are dropped."""
-        if images.ndim != len(self._shape) + 1 or images.shape[1:] != self._shape:
-            raise EngineError(f"the engine reads images of shape {self._shape}, not {images.shape[1:]}: check the data")
+        shape = row_shape(self._inputs)
+        if images.shape[1:] != shape:
+            raise EngineError(f"the engine reads images of shape {shape}, not {images.shape[1:]}: check the data")
         results = []
         for start in range(0, len(images), self._batch):
             part = np.ascontiguousarray(images[start : start + self._batch], dtype=np.float32)
             count = len(part)
             if count < self._batch:
-                part = np.concatenate([part, np.zeros((self._batch - count, *self._shape), np.float32)])
+                part = np.concatenate([part, np.zeros((self._batch - count, *shape), np.float32)])
             try:
-                results.append(self._open().run([self._output], {self._input: part})[0][:count])
+                results.append(self._open().run([self._output], parts_of(part, self._inputs))[0][:count])
             except _FAILURES as error:
                 raise EngineError(f"onnxruntime failed while running: {one_line(error)}") from error
         if not results:
@@ -170,7 +169,8 @@ class OnnxRuntimeEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._session = self._binding = self._images = None
+        self._session = self._binding = None
+        self._images = {}
 
 
 def exact_engine(onnx: bytes, batch: int) -> OnnxRuntimeEngine:

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
@@ -16,12 +17,14 @@ from onnx import ModelProto
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
+from autocomp.engines.feeds import fixed_shape, noise
 from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
 from autocomp.engines.processor import cpu_device, weight_max
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes
+from autocomp.rows import Inputs, parts_of, row_shape
 
 __all__ = ["Kernel", "OpenVinoBackend", "OpenVinoEngine"]
 
@@ -118,34 +121,40 @@ class OpenVinoEngine:
         except _FAILURES as error:
             reason = _unknown(error, parsed) or one_line(error)
             raise EngineError(f"openvino cannot build the model: {reason}") from error
-        self._shape = _fixed_shape(model, batch)
+        self._inputs = _inputs_of(model, batch)
         self._batch = batch
         self._runs = 0
         try:
-            model.reshape([batch, *self._shape])
+            model.reshape({name: [batch, *shape] for name, shape in self._inputs.items()})
             self._compiled: Any = _core().compile_model(model, "CPU", _options(threads, profiled))
             self._request: Any = self._compiled.create_infer_request()
-            self._images = openvino.Tensor(openvino.Type.f32, openvino.Shape([batch, *self._shape]))
-            self._request.set_input_tensor(self._images)
+            self._images = {
+                name: openvino.Tensor(openvino.Type.f32, openvino.Shape([batch, *shape]))
+                for name, shape in self._inputs.items()
+            }
+            for name, tensor in self._images.items():
+                self._request.set_tensor(name, tensor)
         except _FAILURES as error:
             raise EngineError(f"openvino cannot build the model: {one_line(error)}") from error
-        self._noise = np.random.default_rng(0).standard_normal((batch, *self._shape)).astype(np.float32)
+        self._noise = noise(self._inputs, batch)
         self._classes = self._infer(self._noise).shape[1:]
 
     def run(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of any number of images; the last batch is filled up with zeros, whose results are dropped."""
         self._open()
-        if images.ndim != len(self._shape) + 1 or images.shape[1:] != self._shape:
-            raise EngineError(f"the engine reads images of shape {self._shape}, not {images.shape[1:]}: check the data")
+        shape = row_shape(self._inputs)
+        if images.shape[1:] != shape:
+            raise EngineError(f"the engine reads images of shape {shape}, not {images.shape[1:]}: check the data")
         results = [np.empty((0, *self._classes), np.float32)]
         for start in range(0, len(images), self._batch):
-            results.append(self._infer(images[start : start + self._batch]))
+            results.append(self._infer(parts_of(images[start : start + self._batch], self._inputs)))
         return np.concatenate(results)
 
     def time(self, repeats: int) -> NDArray[np.float64]:
         """Durations in ms on fixed random images; inputs and outputs stay bound, so nothing is copied."""
         request = self._open()
-        self._images.data[:] = self._noise
+        for name, value in self._noise.items():
+            self._images[name].data[:] = value
         times = np.empty(repeats)
         try:
             for index in range(repeats):
@@ -176,17 +185,19 @@ class OpenVinoEngine:
                 )
         return found
 
-    def _infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _infer(self, images: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:
         """Logits of at most a batch."""
         request = self._open()
-        self._images.data[: len(images)] = images
-        self._images.data[len(images) :] = 0
+        count = len(next(iter(images.values())))
+        for name, value in images.items():
+            self._images[name].data[:count] = value
+            self._images[name].data[count:] = 0
         try:
             request.infer(share_outputs=True)
         except _FAILURES as error:
             raise EngineError(f"openvino failed while running: {one_line(error)}") from error
         self._runs += 1
-        logits: NDArray[np.float32] = request.get_output_tensor().data[: len(images)].copy()
+        logits: NDArray[np.float32] = request.get_output_tensor().data[:count].copy()
         return logits
 
     def _open(self) -> Any:
@@ -200,7 +211,8 @@ class OpenVinoEngine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._request = self._compiled = self._images = None
+        self._request = self._compiled = None
+        self._images = {}
 
 
 def one_line(error: Exception) -> str:
@@ -218,19 +230,17 @@ def _unknown(error: Exception, model: ModelProto) -> str | None:
     return None if node is None else f"it has no operator {node.op_type}, which {node.name} is"
 
 
-def _fixed_shape(model: Any, batch: int) -> tuple[int, ...]:
-    """Shape of one image. Raises: EngineError: another batch size or interface."""
-    kinds = [[value.element_type for value in values] for values in (model.inputs, model.outputs)]
-    shape = model.inputs[0].partial_shape if model.inputs else openvino.PartialShape([])
-    if kinds != [[openvino.Type.f32]] * 2 or shape.rank.is_dynamic or len(shape) < 2:
-        raise EngineError("the model must read one float32 tensor and return one: export it so")
-    first, *others = shape
-    if first.is_static and first.get_length() != batch:
-        fixed = first.get_length()
-        raise EngineError(f"the model has batch {fixed}, not {batch}: give --batch {fixed} or free that axis")
-    if any(size.is_dynamic for size in others):
-        raise EngineError(f"the model's input shape {shape} is not fixed: export it with fixed sizes")
-    return tuple(size.get_length() for size in others)
+def _inputs_of(model: Any, batch: int) -> Inputs:
+    """Shapes of one image's inputs. Raises: EngineError: another batch size or interface."""
+    kinds = {value.element_type for value in (*model.inputs, *model.outputs)}
+    shapes = [value.partial_shape for value in model.inputs]
+    fits = kinds == {openvino.Type.f32} and len(model.outputs) == 1 and shapes
+    if not fits or any(shape.rank.is_dynamic or len(shape) < 2 for shape in shapes):
+        raise EngineError("the model must read float32 tensors and return one: export it so")
+    return {
+        value.any_name: fixed_shape([size.get_length() if size.is_static else None for size in shape], batch)
+        for value, shape in zip(model.inputs, shapes, strict=True)
+    }
 
 
 @cache

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,8 +22,9 @@ from autocomp.factory import call_factory, is_factory
 from autocomp.memory import refuse_larger
 from autocomp.models.outputs import OutputKey, logits_in
 from autocomp.models.zoo import ZOO, build_zoo
+from autocomp.rows import Inputs, parts_of
 
-__all__ = ["LoadedModel", "check_logits", "first_not_finite", "load_model", "wrap_model"]
+__all__ = ["LoadedModel", "called", "check_logits", "first_not_finite", "load_model", "wrap_model"]
 
 EMBEDDED_MODEL, EMBEDDED_CLASSES, EMBEDDED_FILE = "zoo:resnet20", 10, "resnet20_digits.safetensors"
 HINT = f"write zoo:NAME ({', '.join(ZOO)}), torchvision:NAME, or package.module:factory"
@@ -93,7 +95,7 @@ def wrap_model(module: nn.Module, classes: int | None = None, output_key: str | 
         output_key: of the logits, where the model returns several things.
 
     Raises:
-        ModelError: it is no module, needs more memory than there is, wants several inputs, or cannot be copied.
+        ModelError: it is no module, needs more memory than there is, or cannot be copied.
     """
     if not isinstance(module, nn.Module):
         raise ModelError(f"the model is a {type(module).__name__}: pass a torch.nn.Module")
@@ -101,17 +103,21 @@ def wrap_model(module: nn.Module, classes: int | None = None, output_key: str | 
     return _ready(_copied(module, spec), spec, "live", classes, output_key)
 
 
-def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
+def check_logits(model: LoadedModel, input_shape: tuple[int, ...], inputs: Inputs | None = None) -> None:
     """Run two images (c, h, w) = ``input_shape`` of noise through the model; a blank one may be no input to it.
 
+    Args:
+        inputs: of a row of that shape, where the data gives several by name.
+
     Raises:
-        ModelError: it fails on them, or returns something else than one float tensor of finite logits (2, outputs),
-            with at least one output per class.
+        ModelError: it wants other inputs, fails on them, or returns something else than one float tensor of finite
+            logits (2, outputs), with at least one output per class.
     """
+    _refuse_other_inputs(model, inputs or {})
     images = torch.randn(2, *input_shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.inference_mode():
-            outputs = model.module(images)
+            outputs = called(model.module, parts_of(images, inputs) if inputs else images)
     except ModelError:
         raise
     except Exception as error:  # the user's code may fail in any way
@@ -124,11 +130,16 @@ def check_logits(model: LoadedModel, input_shape: tuple[int, ...]) -> None:
             "for each"
         )
     if not bool(torch.isfinite(logits).all()):
-        place = first_not_finite(model.module, images)
+        place = first_not_finite(model.module, parts_of(images, inputs) if inputs else images)
         raise ModelError(f"{model.spec} returns NaN or infinite logits for an image of noise{place}: check its weights")
 
 
-def first_not_finite(module: nn.Module, images: Tensor) -> str:
+def called(module: nn.Module, images: Tensor | Mapping[str, Tensor]) -> Any:
+    """What a module gives for images, or for several inputs by the names of forward()'s arguments."""
+    return module(images) if isinstance(images, Tensor) else module(**images)
+
+
+def first_not_finite(module: nn.Module, images: Tensor | Mapping[str, Tensor]) -> str:
     """Where NaN or infinity first comes up, as a phrase for an error; empty if in no submodule's output."""
     found: list[str] = []
 
@@ -143,7 +154,7 @@ def first_not_finite(module: nn.Module, images: Tensor) -> str:
     handles = [part.register_forward_hook(watched(name)) for name, part in leaves]
     try:
         with torch.no_grad():
-            module(images)
+            called(module, images)
     finally:
         for handle in handles:
             handle.remove()
@@ -246,7 +257,6 @@ def _copied(module: nn.Module, spec: str) -> nn.Module:
 def _ready(
     module: nn.Module, spec: str, weights: str | None, classes: int | None, output_key: str | None
 ) -> LoadedModel:
-    _refuse_several_inputs(module, spec)
     for name, value in (*module.named_parameters(), *module.named_buffers()):
         if value.is_meta:
             raise ModelError(f"{name} of {spec} is on the meta device, without values: load weights on the CPU first")
@@ -256,18 +266,23 @@ def _ready(
     return LoadedModel(module, spec, weights, _digest(module), classes)
 
 
-def _refuse_several_inputs(module: nn.Module, spec: str) -> None:
-    wanted = [
-        name
-        for name, parameter in inspect.signature(module.forward).parameters.items()
-        if parameter.default is parameter.empty
-        and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-    ]
-    if len(wanted) > 1:
+def _refuse_other_inputs(model: LoadedModel, inputs: Inputs) -> None:
+    """Refuse data that does not give what forward() takes."""
+    taken = inspect.signature(model.module.forward).parameters
+    named = {
+        name: entry for name, entry in taken.items() if entry.kind in (entry.POSITIONAL_OR_KEYWORD, entry.KEYWORD_ONLY)
+    }
+    wanted = [name for name, entry in named.items() if entry.default is entry.empty]
+    takes = f"forward() of {model.spec} takes {', '.join(wanted)}"
+    if not inputs and len(wanted) > 1:
+        example = ", ".join(f"{name!r}: ..." for name in wanted)
         raise ModelError(
-            f"forward() of {spec} takes {len(wanted)} inputs ({', '.join(wanted)}), but engines are fed images alone: "
-            f"wrap it in a module whose forward({wanted[0]}) computes the others or holds them as buffers"
+            f"{takes}, but the data yields images alone: let it yield ({{{example}}}, label), or wrap the model in "
+            f"a module whose forward({wanted[0]}) computes the others"
         )
+    passed_on = any(entry.kind is entry.VAR_KEYWORD for entry in taken.values())
+    if inputs and not (set(wanted) <= set(inputs) and (passed_on or set(inputs) <= set(named))):
+        raise ModelError(f"{takes}, but the data yields {', '.join(inputs)}: give them forward()'s names")
 
 
 def _digest(module: nn.Module) -> str:

@@ -96,6 +96,10 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
         raise CompressError(
             f"training would fill up the 2:4 sparse weights of {sparse[0]}: search a space without them"
         )
+    recipe = course.recipe
+    if bench.splits.inputs and (recipe.crop or recipe.flip):
+        course = replace(course, recipe=replace(recipe, crop=0, flip=0.0))
+        observer(Note("rows of several inputs are trained on as they are, without crops and mirroring"))
     old, reference = shipped_files(run.folder)
     entrants = entrants_of(course, run, result, reference, finalists)
     decided = decide(course, run, entrants)

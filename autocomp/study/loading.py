@@ -9,6 +9,7 @@ from autocomp.data import DataOptions, Splits, load_data
 from autocomp.errors import DataError, ModelError
 from autocomp.models import LoadedModel, check_logits, load_model
 from autocomp.outcome import Observer, Phase
+from autocomp.rows import parts_of
 
 __all__ = ["data_options", "load"]
 
@@ -34,10 +35,10 @@ def load(
         raise ModelError(f"{model.spec} has no trained weights: give --weights FILE, or use random: data")
     if not splits.labelled:
         model = replace(model, classes=None)  # outputs need not be logits of the data's classes
-    check_logits(model, splits.input_shape)
+    check_logits(model, splits.input_shape, splits.inputs)
     observer(Phase("trace"))
-    example = next(iter(splits.calibration.batches(2)))[0]
-    traced = trace(model.module, to_tensor(example))
+    example = to_tensor(next(iter(splits.calibration.batches(2)))[0])
+    traced = trace(model.module, parts_of(example, splits.inputs) if splits.inputs else example)
     classes = traced.graph.output_shape[-1]
     if splits.labelled and classes < splits.classes:
         raise DataError(

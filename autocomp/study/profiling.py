@@ -79,7 +79,9 @@ class Subject:
 
     @property
     def noise(self) -> str:
-        """Data of this model's input shape and classes, for a model with random weights."""
+        """Data of this model's input shape and classes, for a model with random weights; "" for several inputs."""
+        if len(self.graph.inputs) > 1:
+            return ""
         return f"random:{'x'.join(map(str, (*self.graph.input_shape, self.graph.output_shape[-1])))}"
 
 

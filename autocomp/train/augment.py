@@ -13,10 +13,11 @@ def augmented(images: Tensor, crop: int, flip: float, generator: torch.Generator
     He et al. (arXiv:1512.03385, section 4.2) train on CIFAR-10 so, with 4 pixels.
 
     Args:
-        images: (n, c, h, w).
+        images: (n, c, h, w); rows (n, numbers) of several inputs can neither be shifted nor mirrored.
     """
-    count, _, height, width = images.shape
+    count = len(images)
     if crop:
+        _, _, height, width = images.shape
         top, left = torch.randint(2 * crop + 1, (2, count, 1), generator=generator)
         padded = F.pad(images, (crop,) * 4)
         rows, columns = top + torch.arange(height), left + torch.arange(width)

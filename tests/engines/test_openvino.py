@@ -115,9 +115,9 @@ def identity(kind: int, shape: list[str | int] | None, outputs: int = 1) -> byte
     ("data", "message"),
     [
         (identity(onnx.TensorProto.INT64, ["n", 3]), "float32"),
-        (identity(onnx.TensorProto.FLOAT, ["n", 3], outputs=2), "one float32"),
-        (identity(onnx.TensorProto.FLOAT, ["n"]), "one float32"),
-        (identity(onnx.TensorProto.FLOAT, None), "one float32"),
+        (identity(onnx.TensorProto.FLOAT, ["n", 3], outputs=2), "float32 tensors"),
+        (identity(onnx.TensorProto.FLOAT, ["n"]), "float32 tensors"),
+        (identity(onnx.TensorProto.FLOAT, None), "float32 tensors"),
         (identity(onnx.TensorProto.FLOAT, ["n", 3, "width"]), "not fixed"),
         (identity(onnx.TensorProto.FLOAT, [4, 3]), "batch 4, not 2: give --batch 4"),
     ],

@@ -192,6 +192,9 @@ class _TorchClock:
 def input_shape(onnx: bytes, batch: int) -> tuple[int, ...]:
     """Shape of one image. Raises: EngineError: no ONNX model, another batch, or sizes that are not fixed."""
     graph = parse(onnx).graph
+    if len(graph.input) != 1:
+        names = ", ".join(value.name for value in graph.input)
+        raise EngineError(f"torch-cuda reads one input, and the model has {names}: use onnxruntime or openvino")
     first, *others = graph.input[0].type.tensor_type.shape.dim
     if first.HasField("dim_value") and first.dim_value != batch:
         fixed = first.dim_value

@@ -60,26 +60,26 @@ class OnnxModule(nn.Module):
         self.inputs = [value.name for value in graph.input if value.name not in given]
         self.output = graph.output[0].name
 
-    def forward(self, images: Tensor, *others: Tensor) -> Tensor:
-        """Logits of a batch; a part of a file may have more inputs, which come in their order."""
-        values = self._given((images, *others))
+    def forward(self, *images: Tensor) -> Tensor:
+        """Logits of a batch, of which each input of the file is given in its order."""
+        values = self._given(images)
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
         logits: Tensor = values[self.output]
         return logits
 
-    def steps(self, images: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def steps(self, *images: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Every operator's value as it is computed, by the name it has in the file."""
-        values = self._given((images,))
+        values = self._given(images)
         for operator, attributes, inputs, output in self._steps:
             values[output] = operator([values[name] for name in inputs], attributes)
             yield output, values[output]
 
-    def _given(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
+    def _given(self, images: Sequence[Tensor]) -> dict[str, Any]:
         """What is there before the first operator; an input that is left out is None."""
         tensors = {name: getattr(self, buffer) for name, buffer in self._names.items()}
-        read = dict(zip(self.inputs, map(_channels_last, inputs), strict=True))
-        return {"": None, **read, **self._numbers, **tensors}
+        given = zip(self.inputs, map(_channels_last, images), strict=True)
+        return {"": None, **dict(given), **self._numbers, **tensors}
 
 
 def _tensor(array: np.ndarray[Any, Any], data_type: int) -> Tensor:
