@@ -69,6 +69,7 @@ def measure(name: str, trials: int, images: int) -> dict[str, Any]:
     from autocomp.models import wrap_model
     from autocomp.policy import Policy, Recipe
     from autocomp.study.conduct import conduct, manifest_of
+    from autocomp.study.executors import LocalCrew
     from autocomp.study.run import Run
     from autocomp.study.search import begin
     from autocomp.study.workbench import EditEmitter, prepare
@@ -108,7 +109,7 @@ def measure(name: str, trials: int, images: int) -> dict[str, Any]:
     }  # fmt: skip
     with TemporaryDirectory() as folder:
         try:
-            with begin(bench) as prologue, Run.create(Path(folder) / "run", manifest_of(bench)) as run:
+            with begin(bench, LocalCrew()) as prologue, Run.create(Path(folder) / "run", manifest_of(bench)) as run:
                 best = conduct(bench, prologue, run, stages).best
         except AutocompError as error:
             return {**row, "failed": str(error)}

@@ -116,9 +116,9 @@ def test_its_name_is_read_back(text: str) -> None:
 
 def test_training_would_undo_it() -> None:
     result: Any = SimpleNamespace(best=SimpleNamespace(policy=Policy(precisions={"head": SPARSE8})))
-    nothing: Any = None
+    course: Any = SimpleNamespace(bench=None, observer=None)
     with pytest.raises(CompressError, match="would fill up the 2:4 sparse weights of head"):
-        finetune_run(nothing, nothing, result, nothing, nothing)
+        finetune_run(course, course, result, 1)
 
 
 def test_engines_for_gpus_that_have_it(parts: Parts, tmp_path: Path) -> None:
