@@ -3,13 +3,15 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["INTERRUPTED", "NOTHING_VERIFIED", "console", "fail", "print_json", "quiet_stdout"]
+    from autocomp.outcome import Observer
+
+__all__ = ["INTERRUPTED", "NOTHING_VERIFIED", "console", "fail", "print_json", "quiet_stdout", "watched"]
 
 NOTHING_VERIFIED = 3
 """Exit status where the work is done and no budget is known to hold."""
@@ -46,3 +48,18 @@ def print_json(data: object) -> None:
 def fail(message: str, status: int) -> NoReturn:
     print(f"autocomp: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
+
+
+@contextmanager
+def watched(left: str, *, as_json: bool) -> Iterator["Observer"]:
+    """A live screen, beside the one JSON object where there is to be one."""
+    from autocomp.report import LiveScreen
+
+    try:
+        with (
+            quiet_stdout() if as_json else nullcontext(),
+            LiveScreen(console(sys.stderr if as_json else sys.stdout)) as screen,
+        ):
+            yield screen
+    except KeyboardInterrupt:
+        fail(f"interrupted: {left}", INTERRUPTED)

@@ -7,6 +7,7 @@ from autocomp.report.console import (
     print_finetuned,
     print_result,
     print_shipped,
+    print_sparsified,
     print_verification,
 )
 from autocomp.report.front import print_front, write_front_report
@@ -38,6 +39,7 @@ __all__ = [
     "print_result",
     "print_sensitivity",
     "print_shipped",
+    "print_sparsified",
     "print_verification",
     "profile_json",
     "render_card",

@@ -3,6 +3,17 @@
 from autocomp.train.loop import finetune
 from autocomp.train.qat import learnable, learned
 from autocomp.train.recipe import TrainingRecipe
+from autocomp.train.sparse import factors_of, filters_of
 from autocomp.train.training import Trainer, Training, Tuned
 
-__all__ = ["Trainer", "Training", "TrainingRecipe", "Tuned", "finetune", "learnable", "learned"]
+__all__ = [
+    "Trainer",
+    "Training",
+    "TrainingRecipe",
+    "Tuned",
+    "factors_of",
+    "filters_of",
+    "finetune",
+    "learnable",
+    "learned",
+]
