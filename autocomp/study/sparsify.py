@@ -1,15 +1,11 @@
 """A user's own model trained to grow sparse, before any search."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from safetensors.torch import save as save_tensors
-from torch import nn
+from safetensors.numpy import save as save_tensors
 
 from autocomp.compress import logits_of
 from autocomp.config import SearchConfig
@@ -19,7 +15,8 @@ from autocomp.outcome import Observer
 from autocomp.storage import storage_errors, write_atomic
 from autocomp.study.loading import load
 from autocomp.study.training import recipe_of, training_images
-from autocomp.train import Training, TrainingRecipe, factors_of, filters_of, finetune
+from autocomp.train import Training, TrainingRecipe, finetune
+from autocomp.train.sparse import counted, factors_of, filled, filters_of, state_of
 
 __all__ = ["Sparsified", "sparsify"]
 
@@ -85,41 +82,19 @@ def sparsify(config: SearchConfig, settings: Mapping[str, Any], out: Path, obser
     with storage_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         tuned = finetune(training, observer)
-        after = copy.deepcopy(before)
-        with torch.no_grad():
-            for name, weight in after.named_parameters():
-                if name in tuned.tensors:
-                    weight.copy_(torch.from_numpy(tuned.tensors[name]))
-        state = {name: tensor.detach().clone().contiguous() for name, tensor in after.state_dict().items()}
-        write_atomic(out, save_tensors(state))
+        after = filled(before, tuned.tensors)
+        write_atomic(out, save_tensors(state_of(after)))
         checkpoint.unlink()
     return Sparsified(
         out,
         (_accuracy(before, splits.selection), _accuracy(after, splits.selection)),
-        (sum(factor.numel() for factor in factors_of(before).values()), *_small(before, after)),
-        (sum(map(len, _filters(before))), _zero(before), _zero(after)),
+        counted(factors_of(before), factors_of(after), SMALL),
+        counted(filters_of(before), filters_of(after), 0.0),
         tuned.losses,
         recipe,
     )
 
 
-def _accuracy(module: nn.Module, images: Split) -> float:
+def _accuracy(module: Any, images: Split) -> float:
     right = sum(int((logits_of(module, pixels).argmax(1) == labels).sum()) for pixels, labels in images.batches(500))
     return right / len(images)
-
-
-def _small(before: nn.Module, after: nn.Module) -> tuple[int, int]:
-    """How many factors are small in each."""
-    was, now = ([factor.detach().abs() for factor in factors_of(module).values()] for module in (before, after))
-    limits = [SMALL * sizes.max() for sizes in was]
-    counts = [sum(int((s < limit).sum()) for s, limit in zip(sizes, limits, strict=True)) for sizes in (was, now)]
-    return counts[0], counts[1]
-
-
-def _filters(module: nn.Module) -> list[Any]:
-    weights = dict(module.named_parameters())
-    return [weights[name].detach().flatten(1).numpy() for name in filters_of(module) if name in weights]
-
-
-def _zero(module: nn.Module) -> int:
-    return sum(int((~np.any(weight, axis=1)).sum()) for weight in _filters(module))

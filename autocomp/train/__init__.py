@@ -3,7 +3,6 @@
 from autocomp.train.loop import finetune
 from autocomp.train.qat import learnable, learned
 from autocomp.train.recipe import TrainingRecipe
-from autocomp.train.sparse import factors_of, filters_of
 from autocomp.train.training import Trainer, Training, Tuned
 
 __all__ = [
@@ -11,8 +10,6 @@ __all__ = [
     "Training",
     "TrainingRecipe",
     "Tuned",
-    "factors_of",
-    "filters_of",
     "finetune",
     "learnable",
     "learned",

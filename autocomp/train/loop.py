@@ -65,7 +65,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         optimizer.load_state_dict(dict(state.optimizer))
         done, losses, sum_, count = state.step, list(state.losses[0]), *state.losses[1:]
     observer(Phase("finetune", end - done))
-    filters = filters_of(student) if recipe.soft_pruning else ()
+    filters = [name for name in filters_of(student) if name in weights]
     loss_of = objective(student, training.teacher, images, recipe)
     for step, batch in enumerate(_batches(images, recipe, done, end), done):
         for group in optimizer.param_groups:
@@ -92,7 +92,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
             losses.append(sum_ / count)
             sum_, count = 0.0, 0
             for tensors in (weights, average):
-                soften([tensors[name] for name in filters if name in tensors], recipe.soft_pruning)
+                soften([tensors[name] for name in filters], recipe.soft_pruning)
         if checkpoint is not None and (ended or (step + 1) % KEEP_EVERY == 0):
             now = {name: weight.detach() for name, weight in weights.items()}
             save(State(key, step + 1, now, average, optimizer.state_dict(), (tuple(losses), sum_, count)), checkpoint)

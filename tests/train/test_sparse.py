@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from autocomp.errors import ConfigError, ModelError
-from autocomp.train import Training, TrainingRecipe, Tuned, factors_of, filters_of, finetune
+from autocomp.train import Training, TrainingRecipe, Tuned, finetune
+from autocomp.train.sparse import factors_of, filters_of
 from tests.train.test_training import PLAIN, net, split, whole
 
 
@@ -52,7 +53,7 @@ def test_slimming_leaves_small_factors_and_a_model_that_still_answers() -> None:
 
 def test_after_an_epoch_the_filters_of_least_norm_are_zero() -> None:
     model = normed()
-    assert filters_of(model) == ("0.weight", "3.weight")
+    assert list(filters_of(model)) == ["0.weight", "3.weight"]
     recipe = replace(PLAIN, soft_pruning=0.4, batch=48)
     found, plain = train(model, recipe), train(model, replace(recipe, soft_pruning=0.0))
     for name in filters_of(model):
