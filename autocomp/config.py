@@ -61,7 +61,8 @@ class SearchConfig:
         workers: actors that score; None for as many as the cluster has room for.
         gpus_per_worker: that each of them takes, a fraction where several share one.
         target_resource: Ray resource of the nodes that measure; None where this machine does.
-        finetune_epochs: that the best found is trained for after the search, as ``autocomp finetune`` does; 0 for none.
+        finetune_epochs: that the best found are trained for after the search, as ``autocomp finetune`` does; 0 for
+            none; None for 5 in the default job and none elsewhere.
         finetune_finalists: policies of which training decides which is trained to its end, at most.
         finalists: policies that may be verified, at most.
         wave: policies asked for at once.
@@ -97,7 +98,7 @@ class SearchConfig:
     workers: int | None = None
     gpus_per_worker: float = 0.0
     target_resource: str | None = None
-    finetune_epochs: int = 0
+    finetune_epochs: int | None = None
     finetune_finalists: int = 3
     finalists: int = 3
     wave: int = 4
@@ -133,7 +134,16 @@ class SearchConfig:
         """Images per run of the engine: as asked, else 32 for the default model on the default data, else 1."""
         if self.batch is not None:
             return self.batch
-        return 32 if (self.model, self.data) == (SearchConfig().model, SearchConfig().data) else 1
+        return 32 if self._default_job() else 1
+
+    def resolved_finetune_epochs(self) -> int:
+        """Epochs of training after the search: as asked, else 5 for the default model on the default data, else 0."""
+        if self.finetune_epochs is not None:
+            return self.finetune_epochs
+        return 5 if self._default_job() else 0
+
+    def _default_job(self) -> bool:
+        return (self.model, self.data) == (SearchConfig().model, SearchConfig().data)
 
     def resolved_baseline_trials(self) -> int:
         """Evaluations granted to each baseline."""

@@ -67,7 +67,7 @@ def tuned(bench: Workbench, policy: Policy, recipe: TrainingRecipe, title: str, 
             print(f"{title}: epoch {event.number}, loss {event.loss:.4f}", file=sys.stderr, flush=True)
 
     before = predictions(bench.emitter.finish(policy))
-    compressed, found = trained(Course(bench, training_images(bench), recipe, watch, work), policy)
+    compressed, found = trained(Course(bench, training_images(bench.splits), recipe, watch, work), policy)
     after = predictions(compressed)
     return {
         "policy": policy.digest,
@@ -147,7 +147,7 @@ def epoch(job: Job) -> None:
     kept = {group.name: group.channels // 2 for group in graph.groups if not group.name.startswith("layer3")}
     policy = Policy(kept, frozenset(), {layer.name: INT8 for layer in graph.layers})
     recipe = TrainingRecipe(epochs=1)
-    images = training_images(bench)
+    images = training_images(bench.splits)
     few = images.take(np.arange(STEPS * recipe.batch))
     assert isinstance(few, Indexed)
 

@@ -128,8 +128,8 @@ def main() -> None:
         found: dict[str, Any] = {}
         best: Policy | None = None
         if "default" in parts:
-            found["default"] = search(["--budget", "15ms"], Path(temporary) / "default")
-            describe("autocomp search --budget 15ms", found["default"])
+            found["default"] = search(["--budget", "15ms", "--finetune-epochs", "0"], Path(temporary) / "default")
+            describe("autocomp search --budget 15ms --finetune-epochs 0", found["default"])
         if "cifar" in parts:
             config = cifar_config(cifar10(work))
             arguments = ["--model", config.model, "--weights", str(config.weights), "--data", config.data]

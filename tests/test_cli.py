@@ -33,6 +33,7 @@ from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.recheck import Verification
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from autocomp.study.shipped import ShippedVerification
+from autocomp.study.sparsify import Sparsified
 from autocomp.study.staleness import Drift
 from autocomp.study.verify import Verdict
 from autocomp.train import TrainingRecipe
@@ -97,6 +98,11 @@ class FakeApi:
         observer(Step())
         print("a library chats")
         return self._answer("finetune", run, settings, *(value for value in given if value is not None))
+
+    def sparsify(self, config: SearchConfig, settings: dict[str, Any], out: Path, observer: Callable[..., None]) -> Any:
+        observer(Phase("finetune", 2))
+        print("a library chats")
+        return self._answer("sparsify", config, settings, out)
 
     def export(self, run: Path, kinds: list[str], out: Path) -> Any:
         print("a library chats")
@@ -658,6 +664,26 @@ def test_finetune_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixtur
     assert all(f"`{name}`" in documented for name in printed)
 
 
+def sparsified() -> Sparsified:
+    counts = (32, 0, 7), (16, 1, 5)
+    return Sparsified(Path("w.safetensors"), (0.8, 0.79), *counts, (1.5, 0.5), TrainingRecipe(slimming=1e-4))
+
+
+def test_sparsify_passes_what_is_given(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
+    api.outcome = sparsified()
+    flags = "--model m:f --data d:f --seed 3 --slimming 0.001 --epochs 2 --out w.safetensors"
+    assert run("sparsify", *flags.split()) == 0
+    expected = SearchConfig(model="m:f", data="d:f", seed=3)
+    assert api.calls == [("sparsify", expected, {"slimming": 0.001, "epochs": 2}, Path("w.safetensors"))]
+    out = capfd.readouterr().out
+    assert "80.00 % before, 79.00 % after" in out and "small batch-norm factors: 0 before, 7 after, of 32" in out
+    assert run("sparsify", "--soft-pruning", "0.3", "--json") == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["zero_filters"] == {"all": 16, "before": 1, "after": 5} and printed["losses"] == [1.5, 0.5]
+    documented = (ROOT / "docs" / "json.md").read_text().split("## `sparsify`")[1].split("\n## ")[0]
+    assert all(f"`{name}`" in documented for name in printed)
+
+
 def card() -> Card:
     rows = finished().contenders
     data = DataCard("digits", "d" * 64, 500, (0.3,), (0.3,))
@@ -759,6 +785,8 @@ def test_commands_of_the_readme_parse(api: FakeApi, board: HardwareProfile, fold
         api.outcome = finetuned()
     if " debug-accuracy " in line:
         api.outcome = AccuracyGap({"engine": "e 1"}, Score(0.0, 0.9, 10, 1.0), Score(0.1, 0.9, 10, 0.9), 0.0)
+    if " sparsify " in line:
+        api.outcome = sparsified()
     if " export " in line:
         api.outcome = card()
     if " sensitivity" in line:

@@ -96,6 +96,11 @@ def test_batch_is_32_only_for_the_default_job(model: str, data: str, batch: int 
     assert SearchConfig(model=model, data=data, batch=batch).resolved_batch() == expected
 
 
+def test_only_the_default_job_is_fine_tuned_unasked() -> None:
+    assert SearchConfig().resolved_finetune_epochs() == 5 and SearchConfig(data="d:f").resolved_finetune_epochs() == 0
+    assert [SearchConfig(finetune_epochs=epochs).resolved_finetune_epochs() for epochs in (0, 3)] == [0, 3]
+
+
 def test_baselines_get_as_many_trials_as_the_search() -> None:
     assert SearchConfig(trials=7).resolved_baseline_trials() == 7
     assert SearchConfig(trials=7, baseline_trials=2).resolved_baseline_trials() == 2

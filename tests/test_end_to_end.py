@@ -38,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     folder = tmp_path_factory.mktemp("default")
     done = command(
         "search", "--budget", "0.9x", "--trials", "6", "--baseline-trials", "2", "--finalists", "2",
-        "--calibration-images", "512", "--json", "--out", "run", cwd=folder,
+        "--calibration-images", "512", "--finetune-epochs", "0", "--json", "--out", "run", cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 1
@@ -213,7 +213,9 @@ def test_an_unreachable_budget_ends_with_the_floor_and_a_marked_run(tmp_path: Pa
 
 
 def test_where_the_reference_meets_the_budget_the_fastest_within_a_point_is_returned(tmp_path: Path) -> None:
-    result = run_search(simulated(tmp_path / "run", budget=("1000ms",), model="zoo:resnet20", data="digits"))
+    result = run_search(
+        simulated(tmp_path / "run", budget=("1000ms",), model="zoo:resnet20", data="digits", finetune_epochs=0)
+    )
     assert any("meets the budget already" in note for note in result.notes)
     assert result.best is not None and result.best.latency is not None
     assert result.best.latency.ratio.value < 1

@@ -13,7 +13,7 @@ import pytest
 from autocomp.cli import main
 
 FEW = ["--trials", "4", "--baseline-trials", "1", "--finalists", "1", "--calibration-images", "128"]
-FEW += ["--search-images", "100", "--selection-images", "100"]
+FEW += ["--search-images", "100", "--selection-images", "100", "--finetune-epochs", "0"]
 SIMULATED = ["--engine", "simulated", "--trials", "14"]
 """A busy machine may reach no 0.5x, and later lines need the run in runs/half."""
 

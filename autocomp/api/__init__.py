@@ -6,6 +6,7 @@ from autocomp.api.searching import load_result, resume, retarget, run_front, run
 from autocomp.study.build_profile import build_profile
 from autocomp.study.conduct import Interrupted
 from autocomp.study.profiles import check_profile, predict_policy
+from autocomp.study.sparsify import sparsify
 
 __all__ = [
     "Interrupted",
@@ -24,6 +25,7 @@ __all__ = [
     "run_search",
     "run_sensitivity",
     "search",
+    "sparsify",
     "verify",
     "verify_shipped",
 ]

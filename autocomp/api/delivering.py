@@ -80,9 +80,9 @@ def finetune(
         bench = prepare(config, watch)
         refuse_changes(opened, bench)
         with storage_errors(run):
-            course = Course(bench, training_images(bench), recipe, watch, run, train)
+            course = Course(bench, training_images(bench.splits), recipe, watch, run, train)
             found = finetune_run(course, opened, result, config.finetune_finalists)
-    if found.replaced:
+    if found.replaced or found.contest is not None:
         write_report(found.result, run)
     return found
 

@@ -276,7 +276,7 @@ def _conduct(
 
 def _training_due(config: SearchConfig, result: SearchResult) -> bool:
     """The configuration asks for fine-tuning, and none has ended in the run's folder."""
-    if config.finetune_epochs == 0 or result.best is None:
+    if config.resolved_finetune_epochs() == 0 or result.best is None:
         return False
     return not any(entry["kind"] == FINETUNED for entry in Run.entries_of(result.run))
 
@@ -284,10 +284,10 @@ def _training_due(config: SearchConfig, result: SearchResult) -> bool:
 def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observer, train: Trainer) -> SearchResult:
     """A finished search's result after the fine-tuning that its configuration asks for."""
     config = bench.config
-    recipe = recipe_of(config, {"epochs": config.finetune_epochs})
+    recipe = recipe_of(config, {"epochs": config.resolved_finetune_epochs()})
     try:
         with storage_errors(run.folder):
-            course = Course(bench, training_images(bench), recipe, observer, run.folder, train)
+            course = Course(bench, training_images(bench.splits), recipe, observer, run.folder, train)
             found = finetune_run(course, run, result, config.finetune_finalists)
         write_report(found.result, run.folder)
     except (CompressError, DataError) as error:

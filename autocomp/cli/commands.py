@@ -38,6 +38,7 @@ from autocomp.cli.output import INTERRUPTED, NOTHING_VERIFIED, console, fail, pr
 from autocomp.cli.profiles import profiles
 from autocomp.cli.shipping import add_shipping_commands
 from autocomp.cli.spaces import spaces
+from autocomp.cli.training import add_training_commands
 from autocomp.errors import AutocompError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ app.add_typer(spaces, name="spaces")
 app.add_typer(profiles, name="profile")
 add_engine_commands(app)
 add_shipping_commands(app)
+add_training_commands(app)
 
 
 @app.callback(invoke_without_command=True)
@@ -108,7 +110,9 @@ def search(
     workers: Annotated[Whole, typer.Option(help="Ray actors that score [as many as fit]")] = None,
     gpus_per_worker: Annotated[float | None, typer.Option(help="GPUs, or a fraction, for each of them [0]")] = None,
     target_resource: Annotated[Text, typer.Option(help="Ray resource of nodes that measure [this machine]")] = None,
-    finetune_epochs: Annotated[Whole, typer.Option(help="epochs that the best found is trained for [0]")] = None,
+    finetune_epochs: Annotated[
+        Whole, typer.Option(help="epochs of training at the end [0; 5 in the default job]")
+    ] = None,
     finetune_finalists: Annotated[Whole, typer.Option(help="policies that begin that training [3]")] = None,
     finalists: Annotated[Whole, typer.Option(help="policies that may be verified, at most [3]")] = None,
     wave: Annotated[Whole, typer.Option(help="policies asked for at once [4]")] = None,

@@ -1,4 +1,4 @@
-"""``autocomp finetune``, ``export`` and ``verify``: from a finished run to files that people deploy."""
+"""``autocomp export`` and ``verify``: from a finished run to files that people deploy."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from autocomp.cli.flags import Address, AsJson, Text
+from autocomp.cli.flags import AsJson, Text
 from autocomp.cli.output import NOTHING_VERIFIED, UNTRUE, console, print_json, quiet_stdout, watched
 from autocomp.errors import InputError
 
@@ -15,42 +15,8 @@ __all__ = ["add_shipping_commands"]
 
 def add_shipping_commands(app: typer.Typer) -> None:
     """Register the commands of this file."""
-    app.command()(finetune)
     app.command()(export)
     app.command()(verify)
-
-
-def finetune(
-    context: typer.Context,
-    run: Annotated[Path, typer.Argument(help="run folder")],
-    epochs: Annotated[int | None, typer.Option(help="over the training images [5]")] = None,
-    lr: Annotated[float | None, typer.Option(help="the highest learning rate [0.01]")] = None,
-    optimizer: Annotated[Text, typer.Option(help="sgd or adamw [sgd]")] = None,
-    schedule: Annotated[Text, typer.Option(help="cosine or one_cycle [cosine]")] = None,
-    distillation: Annotated[float | None, typer.Option(help="weight of the uncompressed model's say [0.9]")] = None,
-    quantization: Annotated[Text, typer.Option(help="learned (train int8 as int8) or calibrated [learned]")] = None,
-    crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
-    flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
-    finalists: Annotated[int | None, typer.Option(min=1, help="policies that begin; one goes on [3]")] = None,
-    address: Address = None,
-    json: AsJson = None,
-) -> None:
-    """Train a run's best models, quantize them again, and keep the one that trains best where the engine says that it
-    is better.
-
-    Images that the search scored with are never trained on. Stopped, the same command goes on.
-    """
-    others = ("run", "finalists", "address", "json")
-    given = {name: value for name, value in context.params.items() if name not in others and value is not None}
-    from autocomp import api
-    from autocomp.report import print_finetuned
-
-    with watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
-        found = api.finetune(run, given, observer, address, finalists)
-    if json:
-        print_json(found.to_json())
-    else:
-        print_finetuned(found, console(sys.stdout))
 
 
 def export(

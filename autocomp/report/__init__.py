@@ -7,6 +7,7 @@ from autocomp.report.console import (
     print_finetuned,
     print_result,
     print_shipped,
+    print_sparsified,
     print_verification,
 )
 from autocomp.report.debug import print_accuracy_gap
@@ -42,6 +43,7 @@ __all__ = [
     "print_result",
     "print_sensitivity",
     "print_shipped",
+    "print_sparsified",
     "print_verification",
     "profile_json",
     "render_card",

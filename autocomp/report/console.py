@@ -25,8 +25,17 @@ from autocomp.results import LatencyEstimate, TrialResult
 from autocomp.study.finetune import Finetuned
 from autocomp.study.recheck import Verification
 from autocomp.study.shipped import ShippedVerification
+from autocomp.study.sparsify import Sparsified
 
-__all__ = ["LiveScreen", "print_estimate", "print_finetuned", "print_result", "print_shipped", "print_verification"]
+__all__ = [
+    "LiveScreen",
+    "print_estimate",
+    "print_finetuned",
+    "print_result",
+    "print_shipped",
+    "print_sparsified",
+    "print_verification",
+]
 
 ESTIMATE = "predicted, an estimate"
 
@@ -178,7 +187,7 @@ def print_finetuned(found: Finetuned, console: Console) -> None:
     """Print what training did for a run."""
     before, after = found.selection
     lines = [
-        f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses)}",
+        f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses) or 'none'}",
         f"accuracy on the selection split: {percent(before)} before, {percent(after)} after",
     ]
     if found.contest is not None:
@@ -191,6 +200,20 @@ def print_finetuned(found: Finetuned, console: Console) -> None:
             f"({100 * change.low:+.2f} to {100 * change.high:+.2f})"
         )
     lines.append(verdict(found.result) if found.replaced else f"the run stays as it was: {found.reason}")
+    for line in lines:
+        console.print(Text(line), soft_wrap=True)
+
+
+def print_sparsified(found: Sparsified, console: Console) -> None:
+    """Print what sparse training did to a model."""
+    before, after = found.accuracy
+    lines = [
+        f"loss of each epoch: {', '.join(f'{loss:.4g}' for loss in found.losses)}",
+        f"accuracy on the selection split: {percent(before)} before, {percent(after)} after",
+    ]
+    counted = (("small batch-norm factors", found.factors), ("filters of zeros", found.filters))
+    lines += [f"{what}: {was} before, {now} after, of {count}" for what, (count, was, now) in counted]
+    lines.append(f"weights: {found.weights}, for a search with --weights")
     for line in lines:
         console.print(Text(line), soft_wrap=True)
 

@@ -26,6 +26,7 @@ __all__ = ["FINETUNED", "Finetuned", "finetune_run"]
 
 FINETUNED = "finetune"
 """Kind of the journal's entries."""
+PERFECT = "its engine is right on every image of the selection split already"
 BEFORE = "untuned"
 """Folder of a run for the files that training replaced."""
 REPLACED = ("model.onnx", "weights.safetensors", "policy.json", "result.json")
@@ -76,9 +77,9 @@ class Finetuned:
 def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int) -> Finetuned:
     """Train the best policies' models, integer layers as the engine computes them, and let the engine judge.
 
-    Which policy gets all epochs is decided by `decide`. The trained model replaces the run's where it is as accurate on
-    the selection split or better, and, if the run's was verified, keeps every budget on fresh engines as well. Only
-    then is the test split read. A training that was stopped goes on; what was replaced lies in ``untuned``.
+    Which policy gets all epochs is decided by `decide`. The trained model replaces the run's where it is more accurate
+    on the selection split and, if the run's was verified, keeps every budget on fresh engines as well. Only then is the
+    test split read. A training that was stopped goes on; what was replaced lies in ``untuned``.
 
     Args:
         finalists: policies that are trained, at most; 1 for the run's best alone.
@@ -101,56 +102,75 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
         course = replace(course, recipe=replace(recipe, crop=0, flip=0.0))
         observer(Note("rows of several inputs are trained on as they are, without crops and mirroring"))
     old, reference = shipped_files(run.folder)
+    before = accuracy_of(bench, old)
+    if before == 1.0:
+        return _stays(run, Finetuned(result, False, PERFECT, (before, before), None, (), course.recipe), observer)
     entrants = entrants_of(course, run, result, reference, finalists)
     decided = decide(course, run, entrants)
     best = _row(bench, best, decided.winner)
     compressed, tuned = trained(course, best.policy)
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
-    before, after = (accuracy_of(bench, file) for file in (old, new))
-    reason, verdict = None, None
-    if after < before:
-        reason = f"on the selection split it reaches {100 * after:.2f} % instead of {100 * before:.2f} %"
-    else:
-        verdict = _verdict(bench, run, result, best, new, reference, observer)
-        if best.verified and not verdict.admitted:
-            reason = verdict.reason
-    losses, recipe, contest = tuned.losses, tuned.recipe, decided.contest
-    run.record(
-        FINETUNED, policy=best.policy.digest, recipe=recipe.to_json(), losses=list(losses), before=before, after=after,
-        reason=reason, contest=None if contest is None else contest.to_json(),
-    )  # fmt: skip
-    if reason is not None or verdict is None:
-        observer(Note(f"the trained model does not replace the run's: {reason}"))
-        return Finetuned(result, False, reason, (before, after), None, losses, recipe, contest)
+    after = accuracy_of(bench, new)
+    if decided.contest is not None:
+        notes = dict.fromkeys((*result.notes, str(decided.contest)))
+        result = replace(result, contest=decided.contest, notes=tuple(notes))
+    found = Finetuned(result, True, None, (before, after), None, tuned.losses, tuned.recipe, decided.contest)
+    if after <= before:
+        reason = f"on the selection split it reaches {100 * after:.2f} %, the model before {100 * before:.2f} %"
+        return _stays(run, replace(found, replaced=False, reason=reason), observer)
+    verdict = _verdict(bench, run, result, best, new, reference, observer)
+    if best.verified and not verdict.admitted:
+        return _stays(run, replace(found, replaced=False, reason=verdict.reason), observer)
     observer(Phase("test"))
     row, base, change = _tested(bench, best, result.reference, verdict, after, (old, new, reference))
-    notes = [
-        f"fine-tuned for {recipe.epochs} epoch{'s' * (recipe.epochs > 1)}: {100 * change.value:+.2f} points of test "
-        f"accuracy ({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
-    ]
-    if contest is not None:
-        notes.append(str(contest))
-    result = replace(
-        result,
-        verified=row.verified,
-        contenders={**result.contenders, "best": row, "reference": base},
-        notes=tuple(dict.fromkeys((*result.notes, *notes))),
-        contest=contest,
-    )
-    if result.layers != (layers := layer_choices(bench.traced.graph, row.policy)):
-        observer(Note(f"trial {decided.winner.number} takes the place of the best found"))
-        effects = explained(bench, row.policy, quick_sensitivity(bench, run, observer), run.folder)
-        result = replace(result, layers=layers, effects=effects)
+    found = replace(found, result=_shown(course, run, result, row, base, change), change=change)
     _keep(run.folder)
-    write_model(bench, compressed, run.folder, recipe.to_json())
-    run.write("result.json", json.dumps(result.to_json(), indent=2))
-    run.set_status("verified" if result.verified else "unverified")
+    write_model(bench, compressed, run.folder, found.recipe.to_json())
+    run.write("result.json", json.dumps(found.result.to_json(), indent=2))
+    run.set_status("verified" if found.result.verified else "unverified")
+    _record(run, found)
     for trial in entrants:
         kept = checkpoint_of(run.folder, trial.policy)
         for path in run.folder.glob(f"{kept.stem}*{kept.suffix}"):
             path.unlink()
-    return Finetuned(result, True, None, (before, after), change, losses, recipe, contest)
+    return found
+
+
+def _stays(run: Run, found: Finetuned, observer: Observer) -> Finetuned:
+    """The run keeps its model; what a contest said of the search is added to its result."""
+    observer(Note(f"the run keeps the model that it has: {found.reason}"))
+    _record(run, found)
+    if found.contest is not None:
+        run.write("result.json", json.dumps(found.result.to_json(), indent=2))
+    return found
+
+
+def _record(run: Run, found: Finetuned) -> None:
+    before, after = found.selection
+    run.record(
+        FINETUNED, recipe=found.recipe.to_json(), losses=list(found.losses), before=before, after=after,
+        reason=found.reason, contest=None if found.contest is None else found.contest.to_json(),
+    )  # fmt: skip
+
+
+def _shown(
+    course: Course, run: Run, result: SearchResult, row: Contender, base: Contender, change: Interval
+) -> SearchResult:
+    """The run's result with the trained model's row."""
+    bench, epochs = course.bench, course.recipe.epochs
+    note = (
+        f"fine-tuned for {epochs} epoch{'s' * (epochs > 1)}: {100 * change.value:+.2f} points of test accuracy "
+        f"({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
+    )
+    contenders = {**result.contenders, "best": row, "reference": base}
+    notes = tuple(dict.fromkeys((*result.notes, note)))
+    result = replace(result, verified=row.verified, contenders=contenders, notes=notes)
+    layers = layer_choices(bench.traced.graph, row.policy)
+    if layers == result.layers:
+        return result
+    effects = explained(bench, row.policy, quick_sensitivity(bench, run, course.observer), run.folder)
+    return replace(result, layers=layers, effects=effects)
 
 
 def _row(bench: Workbench, best: Contender, winner: TrialResult) -> Contender:

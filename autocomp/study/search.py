@@ -205,9 +205,9 @@ def _data_notes(bench: Workbench) -> Sequence[str]:
         )
     if not bench.splits.labelled:
         notes.append("the data has no labels: accuracy is not reported, only divergence from the uncompressed model")
-    if bench.config.finetune_epochs:
+    if bench.config.resolved_finetune_epochs():
         try:
-            training_images(bench)
+            training_images(bench.splits)
         except DataError as error:
             notes.append(str(error))
     if isinstance(bench.backend, PredictedBackend):

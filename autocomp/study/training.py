@@ -7,7 +7,7 @@ from typing import Any
 
 from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_tensor
 from autocomp.config import SearchConfig
-from autocomp.data import Indexed
+from autocomp.data import Indexed, Splits
 from autocomp.errors import DataError
 from autocomp.outcome import Observer, Phase
 from autocomp.policy import Policy
@@ -49,20 +49,20 @@ def recipe_of(config: SearchConfig, settings: Mapping[str, Any]) -> TrainingReci
     return TrainingRecipe.from_json({"seed": config.seed, "flip": flip, **settings})
 
 
-def training_images(bench: Workbench) -> Indexed:
+def training_images(splits: Splits) -> Indexed:
     """The images that nothing is scored on.
 
     Raises:
         DataError: the source has none, or gives them in one order only.
     """
-    images = bench.splits.train
-    if images is None or len(images) == 0 or not bench.splits.labelled:
+    images = splits.train
+    if images is None or len(images) == 0 or not splits.labelled:
         raise DataError(
-            f"{bench.splits.source} has no training images: the run stays as it is, quantized after training alone; "
+            f"{splits.source} has no training images: the run stays as it is, quantized after training alone; "
             "give --data with a training part to a new search"
         )
     if not isinstance(images, Indexed):
-        raise DataError(f"{bench.splits.source}: training images must have take(indices): add it to the split")
+        raise DataError(f"{splits.source}: training images must have take(indices): add it to the split")
     return images
 
 

@@ -5,4 +5,12 @@ from autocomp.train.qat import learnable, learned
 from autocomp.train.recipe import TrainingRecipe
 from autocomp.train.training import Trainer, Training, Tuned
 
-__all__ = ["Trainer", "Training", "TrainingRecipe", "Tuned", "finetune", "learnable", "learned"]
+__all__ = [
+    "Trainer",
+    "Training",
+    "TrainingRecipe",
+    "Tuned",
+    "finetune",
+    "learnable",
+    "learned",
+]

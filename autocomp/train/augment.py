@@ -1,10 +1,35 @@
-"""Random crops and flips."""
+"""Random changes of training images: crops, flips, RandAugment and mixup."""
 
+from dataclasses import dataclass, replace
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["augmented"]
+from autocomp.data.preprocess import Preprocess
+
+__all__ = ["Batch", "augmented", "mixed", "randomised"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step learns from.
+
+    Attributes:
+        images: (n, c, h, w).
+        labels: (n,).
+        indices: (n,) places in the training images.
+        others: (n,) labels of the images that were mixed in.
+        share: of each image itself, beside the one mixed in.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: NDArray[np.int64]
+    others: Tensor
+    share: float = 1.0
 
 
 def augmented(images: Tensor, crop: int, flip: float, generator: torch.Generator) -> Tensor:
@@ -27,3 +52,34 @@ def augmented(images: Tensor, crop: int, flip: float, generator: torch.Generator
         mirrored = torch.rand(count, generator=generator) < flip
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
     return images.contiguous()
+
+
+def randomised(images: Tensor, preprocess: Preprocess, magnitude: int, seed: int) -> Tensor:
+    """Two random changes of colour or shape to each image (RandAugment, Cubuk et al., arXiv:1909.13719).
+
+    Args:
+        images: (n, c, h, w), normalised as ``preprocess`` says, c of 1 or 3.
+        magnitude: of each change, from 0 to 30.
+        seed: of the draws; torchvision has no generator of its own, so the process's is put back afterwards.
+    """
+    from torchvision.transforms.v2 import RandAugment  # slow to import
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    pixels = ((images * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    change = RandAugment(num_ops=2, magnitude=magnitude)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        changed = torch.stack([change(image) for image in pixels])
+    return (changed.float() / 255 - mean) / std
+
+
+def mixed(batch: Batch, alpha: float, seed: int) -> Batch:
+    """Each image averaged with another one of the batch (mixup, Zhang et al., arXiv:1710.09412, section 2).
+
+    Args:
+        alpha: of the Beta distribution that the share is drawn from, one a batch as in the authors' code.
+    """
+    draw = np.random.default_rng(seed)
+    share, partner = float(draw.beta(alpha, alpha)), torch.from_numpy(draw.permutation(len(batch.labels)))
+    images = share * batch.images + (1 - share) * batch.images[partner]
+    return replace(batch, images=images, others=batch.labels[partner], share=share)

@@ -2,21 +2,24 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import ceil, isfinite
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from autocomp.data import Indexed
+from autocomp.data.preprocess import Preprocess
 from autocomp.data.splits import hash_arrays, permutation
 from autocomp.errors import CompressError, DataError
 from autocomp.outcome import EpochDone, Observer, Phase, Step
 from autocomp.policy import digest_of
-from autocomp.train.augment import augmented
+from autocomp.train.augment import Batch, augmented, mixed, randomised
 from autocomp.train.checkpoint import State, load, save
-from autocomp.train.objective import Indices, answers, loss_of
+from autocomp.train.objective import objective
 from autocomp.train.recipe import TrainingRecipe
+from autocomp.train.sparse import filters_of, soften
 from autocomp.train.training import Training, Tuned
 
 __all__ = ["finetune"]
@@ -25,7 +28,7 @@ KEEP_EVERY = 100
 """Steps between checkpoints, beside those after each epoch."""
 STATISTICS = ("running_mean", "running_var")
 """Last names of tensors that no gradient reaches."""
-ORDER, AUGMENTATION = 0, 1
+ORDER, AUGMENTATION, RANDAUGMENT, MIXUP = range(4)
 """Streams of random numbers."""
 
 
@@ -62,12 +65,12 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         optimizer.load_state_dict(dict(state.optimizer))
         done, losses, sum_, count = state.step, list(state.losses[0]), *state.losses[1:]
     observer(Phase("finetune", end - done))
-    taught = training.teacher is not None and recipe.distillation > 0 and done < end
-    ask = answers(training.teacher, images, recipe) if training.teacher is not None and taught else None
-    for step, (batch, labels, indices) in enumerate(_batches(images, recipe, done, end), done):
+    filters = [name for name in filters_of(student) if name in weights]
+    loss_of = objective(student, training.teacher, images, recipe)
+    for step, batch in enumerate(_batches(images, recipe, done, end), done):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step, steps)
-        loss = loss_of(student(batch), labels, None if ask is None else ask(batch, indices), recipe)
+        loss = loss_of(batch)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         norm = float(nn.utils.clip_grad_norm_(weights.values(), recipe.clip))
@@ -88,6 +91,8 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         if ended:
             losses.append(sum_ / count)
             sum_, count = 0.0, 0
+            for tensors in (weights, average):
+                soften([tensors[name] for name in filters], recipe.soft_pruning)
         if checkpoint is not None and (ended or (step + 1) % KEEP_EVERY == 0):
             now = {name: weight.detach() for name, weight in weights.items()}
             save(State(key, step + 1, now, average, optimizer.state_dict(), (tuple(losses), sum_, count)), checkpoint)
@@ -115,18 +120,30 @@ def _optimizer(weights: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -> t
     return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
-def _batches(images: Indexed, recipe: TrainingRecipe, done: int, end: int) -> Iterator[tuple[Tensor, Tensor, Indices]]:
-    """Images, labels, and the images' places, of the steps from ``done`` on, whatever came before them."""
+def _batches(images: Indexed, recipe: TrainingRecipe, done: int, end: int) -> Iterator[Batch]:
+    """What the steps from ``done`` on learn from, whatever came before them."""
     per_epoch = ceil(len(images) / recipe.batch)
     for epoch in range(done // per_epoch, end // per_epoch):
         begun = max(done - epoch * per_epoch, 0)
         order = permutation(len(images), _seed(recipe, ORDER, epoch))
         rest = images.take(order[begun * recipe.batch :])
-        for number, (pixels, labels) in enumerate(rest.batches(recipe.batch), begun):
-            generator = torch.Generator().manual_seed(_seed(recipe, AUGMENTATION, epoch * per_epoch + number))
-            indices = order[number * recipe.batch :][: recipe.batch]
-            changed = augmented(torch.from_numpy(pixels), recipe.crop, recipe.flip, generator)
-            yield changed, torch.from_numpy(labels), indices
+        for place, (pixels, labels) in enumerate(rest.batches(recipe.batch), begun):
+            known, indices = torch.from_numpy(labels), order[place * recipe.batch :][: recipe.batch]
+            batch = Batch(torch.from_numpy(pixels), known, indices, known)
+            yield _changed(batch, images, recipe, epoch * per_epoch + place)
+
+
+def _changed(batch: Batch, images: Indexed, recipe: TrainingRecipe, step: int) -> Batch:
+    """A step's images as the recipe changes them at random."""
+    generator = torch.Generator().manual_seed(_seed(recipe, AUGMENTATION, step))
+    changed = augmented(batch.images, recipe.crop, recipe.flip, generator)
+    if recipe.randaugment:
+        preprocess = getattr(images, "preprocess", None)
+        if not isinstance(preprocess, Preprocess):
+            raise DataError("--randaugment needs images whose mean and std are known: a live dataset augments its own")
+        changed = randomised(changed, preprocess, recipe.randaugment, _seed(recipe, RANDAUGMENT, step))
+    batch = replace(batch, images=changed)
+    return mixed(batch, recipe.mixup, _seed(recipe, MIXUP, step)) if recipe.mixup else batch
 
 
 def _seed(recipe: TrainingRecipe, stream: int, number: int) -> int:

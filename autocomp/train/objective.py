@@ -1,6 +1,7 @@
-"""What training minimises: errors on labels, and distance from what the uncompressed model says."""
+"""What training minimises: errors on labels, and distance from what the uncompressed model says and looks at."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import numpy as np
 import torch
@@ -8,56 +9,76 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocomp.data import Indexed
+from autocomp.data import Indexed, Split
 from autocomp.errors import DataError, ModelError
+from autocomp.train.attention import distance, stages, tapped
+from autocomp.train.augment import Batch
 from autocomp.train.recipe import TrainingRecipe
+from autocomp.train.sparse import factors_of, slimming
 
-__all__ = ["Answers", "answers", "loss_of"]
+__all__ = ["objective"]
 
-Indices = NDArray[np.int64]
-Answers = Callable[[Tensor, Indices], Tensor]
-"""Images (n, c, h, w) and their places in the training images -> the teacher's logits (n, classes)."""
 CACHE_BYTES = 2**30
 """Logits of all training images above which they are computed batch by batch instead."""
 
+Loss = Callable[[Batch], Tensor]
 
-def answers(teacher: nn.Module, images: Indexed, recipe: TrainingRecipe) -> Answers:
-    """The teacher's logits, computed once for all epochs where an image is the same in each of them.
 
-    That is where nothing is drawn at random (`TrainingRecipe.varies`): a crop of 4 pixels alone has 81 outcomes, of
-    which few come up twice in a training. One pass in the images' order, so that a training that was stopped gets the
-    same bits.
+def objective(student: nn.Module, teacher: nn.Module | None, images: Indexed, recipe: TrainingRecipe) -> Loss:
+    """The loss of a batch.
+
+    Raises:
+        ModelError: attention is to be taught, and the models have no maps in common; or factors are to grow small, and
+            there are none.
     """
-    if recipe.varies or recipe.epochs < 2:
-        return lambda pixels, _: _logits(teacher, pixels)
-    parts: list[Tensor] = []
-    for pixels, _ in images.batches(recipe.batch):
-        parts.append(_logits(teacher, torch.from_numpy(pixels)))
-        if parts[0].numel() // len(parts[0]) * len(images) * parts[0].element_size() > CACHE_BYTES:
-            return lambda pixels, _: _logits(teacher, pixels)
-    table = torch.cat(parts)
-    return lambda _, indices: table[torch.from_numpy(indices)]
+    learnt = _learnt(student, teacher, images, recipe)
+    if recipe.slimming == 0:
+        return learnt
+    factors = factors_of(student).values()
+    return lambda batch: learnt(batch) + recipe.slimming * slimming(factors)
 
 
-def loss_of(logits: Tensor, labels: Tensor, wanted: Tensor | None, recipe: TrainingRecipe) -> Tensor:
+def _learnt(student: nn.Module, teacher: nn.Module | None, images: Indexed, recipe: TrainingRecipe) -> Loss:
+    """From labels and teacher."""
+    if teacher is None or recipe.distillation == recipe.attention == 0:
+        return lambda batch: _loss(student(batch.images), batch, None, recipe)
+    if recipe.attention == 0:
+        ask = _answers(teacher, images, recipe)
+        return lambda batch: _loss(student(batch.images), batch, ask(batch.images, batch.indices), recipe)
+    names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1)))
+    own, theirs = tapped(student, names), tapped(teacher, names)
+
+    def watched(batch: Batch) -> Tensor:
+        logits, maps = own(batch.images)
+        with torch.no_grad():
+            wanted, aims = theirs(batch.images)
+        return _loss(logits, batch, wanted, recipe) + recipe.attention * distance(maps, aims)
+
+    return watched
+
+
+def _loss(logits: Tensor, batch: Batch, wanted: Tensor | None, recipe: TrainingRecipe) -> Tensor:
     """Cross-entropy with the labels, and the temperature squared times the divergence from the teacher.
 
     Args:
         logits: (n, classes).
-        labels: (n,).
         wanted: the teacher's logits; None without one.
 
     Raises:
         DataError: a label is outside of the head.
         ModelError: the teacher's logits are of another shape.
     """
-    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+    low, high = int(batch.labels.min()), int(batch.labels.max())
+    if low < 0 or high >= logits.shape[1]:
         raise DataError(
-            f"labels reach from {int(labels.min())} to {int(labels.max())}, the model has {logits.shape[1]} outputs: "
-            "choose data or a model that fit each other"
+            f"labels reach from {low} to {high}, the model has {logits.shape[1]} outputs: choose data or a model that "
+            "fit each other"
         )
-    hard = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-    if wanted is None:
+    hard = F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing)
+    if batch.share < 1:
+        others = F.cross_entropy(logits, batch.others, label_smoothing=recipe.label_smoothing)
+        hard = batch.share * hard + (1 - batch.share) * others
+    if wanted is None or recipe.distillation == 0:
         return hard
     if wanted.shape != logits.shape:
         raise ModelError(
@@ -67,6 +88,35 @@ def loss_of(logits: Tensor, labels: Tensor, wanted: Tensor | None, recipe: Train
     found, aim = ((values / recipe.temperature).log_softmax(1) for values in (logits, wanted))
     soft = recipe.temperature**2 * F.kl_div(found, aim, reduction="batchmean", log_target=True)
     return (1 - recipe.distillation) * hard + recipe.distillation * soft
+
+
+def _answers(
+    teacher: nn.Module, images: Indexed, recipe: TrainingRecipe
+) -> Callable[[Tensor, NDArray[np.int64]], Tensor]:
+    """The teacher's logits of images at their places, computed once for all epochs where images do not change.
+
+    A crop of 4 pixels alone has 81 outcomes, of which few come up twice in a training, so nothing is kept then
+    (`TrainingRecipe.varies`). One pass in the images' order, so that a training that was stopped gets the same bits.
+    """
+
+    @cache
+    def table() -> Tensor | None:
+        parts: list[Tensor] = []
+        for pixels in _pixels(images, recipe.batch):
+            parts.append(_logits(teacher, pixels))
+            if parts[0][0].numel() * parts[0].element_size() * len(images) > CACHE_BYTES:
+                return None
+        return torch.cat(parts)
+
+    def ask(pixels: Tensor, indices: NDArray[np.int64]) -> Tensor:
+        known = None if recipe.varies or recipe.epochs < 2 else table()
+        return _logits(teacher, pixels) if known is None else known[torch.from_numpy(indices)]
+
+    return ask
+
+
+def _pixels(images: Split, size: int) -> Iterator[Tensor]:
+    return (torch.from_numpy(pixels) for pixels, _ in images.batches(size))
 
 
 def _logits(teacher: nn.Module, pixels: Tensor) -> Tensor:

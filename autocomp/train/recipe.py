@@ -16,6 +16,9 @@ Quantization = Literal["learned", "calibrated"]
 START = 0.04
 """One-cycle begins at this fraction of the peak (Smith and Topin, arXiv:1708.07120, as fastai and PyTorch have it)."""
 
+MAGNITUDES = 30
+"""Of RandAugment, from the least to the greatest."""
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecipe:
@@ -38,6 +41,12 @@ class TrainingRecipe:
         flip: probability of a horizontal flip.
         temperature, distillation: of the softmax, and weight of the teacher's part of the loss, in [0, 1] (Hinton et
             al., arXiv:1503.02531, section 2).
+        attention: weight of the distance between the maps of where both models look, beside that loss; 0 for none.
+            About 1 is the weight of its authors, a thousand over the places of a map of 32x32.
+        mixup: both parameters of the Beta distribution that the shares of two mixed images are drawn from; 0 for none.
+        randaugment: magnitude of two random changes of each image, from 1 to 30; 0 for none.
+        slimming: weight of the magnitudes of all batch norms' factors in the loss; 0 for none.
+        soft_pruning: part of each convolution's filters, those of least norm, set to zero after each epoch.
         quantization: of a policy's integer layers: ``learned`` trains their weights as codes, with all scales;
             ``calibrated`` trains in float and calibrates afterwards.
         seed: of the images' order and their augmentation.
@@ -58,6 +67,11 @@ class TrainingRecipe:
     flip: float = 0.5
     temperature: float = 4.0
     distillation: float = 0.9
+    attention: float = 0.0
+    mixup: float = 0.0
+    randaugment: int = 0
+    slimming: float = 0.0
+    soft_pruning: float = 0.0
     quantization: Quantization = "learned"
     seed: int = 0
 
@@ -71,12 +85,14 @@ class TrainingRecipe:
         for name in ("warmup", "label_smoothing", "flip", "distillation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name.replace('_', '-')} must lie in [0, 1], not {getattr(self, name)}")
-        for name in ("ema", "momentum"):
+        for name in ("ema", "momentum", "soft_pruning"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("crop", "weight_decay", "seed"):
+                raise ConfigError(f"{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
+        for name in ("crop", "weight_decay", "attention", "mixup", "randaugment", "slimming", "seed"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
+        if self.randaugment > MAGNITUDES:
+            raise ConfigError(f"randaugment must be at most {MAGNITUDES}, not {self.randaugment}")
         for name, known in (("optimizer", Optimizer), ("schedule", Schedule), ("quantization", Quantization)):
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(get_args(known))}")
@@ -94,7 +110,7 @@ class TrainingRecipe:
     @property
     def varies(self) -> bool:
         """An image is not the same in every epoch."""
-        return self.crop > 0 or self.flip > 0
+        return any(part > 0 for part in (self.crop, self.flip, self.mixup, self.randaugment))
 
     @property
     def digest(self) -> str:

@@ -12,6 +12,14 @@ def model() -> nn.Module:
     )
 
 
+def normed() -> nn.Module:
+    """The same with batch norms."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, 2, 1), nn.BatchNorm2d(16),
+        nn.ReLU(), nn.Flatten(), nn.Linear(256, 4),
+    )  # fmt: skip
+
+
 def images(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Noise, one quadrant of which is a little brighter: its number is the label."""
     draw = np.random.default_rng(seed)

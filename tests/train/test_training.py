@@ -1,7 +1,7 @@
 """Training: its parts against formulas written anew, stops in the middle, divergence, and bad input."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax
+from scipy.stats import beta
 from torch import Tensor, nn
+from torchvision.transforms.v2 import RandAugment
 
 from autocomp.data import DataOptions, load_data
 from autocomp.data.arrays import ArraySplit
@@ -17,7 +19,8 @@ from autocomp.data.preprocess import Preprocess
 from autocomp.errors import CompressError, ConfigError, DataError, ModelError, RunError
 from autocomp.outcome import Event, Step
 from autocomp.train import Training, TrainingRecipe, Tuned, finetune
-from autocomp.train.augment import augmented
+from autocomp.train.augment import Batch, augmented, mixed, randomised
+from autocomp.train.objective import objective
 
 PLAIN = TrainingRecipe(
     epochs=1, batch=16, lr=0.1, momentum=0.0, weight_decay=0.0, warmup=0.0, ema=0.0, clip=1e6, crop=0, flip=0.0
@@ -40,6 +43,26 @@ def split(count: int = 48, classes: int = 4) -> ArraySplit:
         row, column = divmod(label % 4, 2)
         image[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 60
     return ArraySplit(pixels, labels, np.arange(count), Preprocess((0.3,) * 3, (0.3,) * 3), "content")
+
+
+@dataclass
+class Unnamed:
+    """Images that nothing is known of but what they are."""
+
+    inner: ArraySplit
+
+    @property
+    def digest(self) -> str:
+        return self.inner.digest
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def batches(self, size: int) -> Any:
+        return self.inner.batches(size)
+
+    def take(self, indices: Any) -> "Unnamed":
+        return Unnamed(self.inner.take(indices))
 
 
 def train(recipe: TrainingRecipe, *, teacher: nn.Module | None = None, images: Any = None, **more: Any) -> Tuned:
@@ -115,6 +138,51 @@ def test_the_distillation_loss_is_hintons() -> None:
     assert train(recipe, images=images, teacher=teacher).losses == pytest.approx((0.3 * hard + 0.7 * 9 * soft,))
     hard_only = train(replace(recipe, distillation=0.0), images=images, teacher=teacher)
     assert hard_only.losses == pytest.approx((hard,))
+
+
+def test_mixup_is_the_loss_of_two_labels_on_images_averaged_in_pairs() -> None:
+    images, teacher = split(16), net(seed=7)
+    pixels, labels = whole(images)
+    plain = Batch(pixels, labels, np.arange(16), labels)
+    batch = mixed(plain, 0.4, seed=3)
+    apart = (batch.images - batch.share * pixels)[:, None] - (1 - batch.share) * pixels
+    partner = apart.flatten(2).norm(dim=2).argmin(1).tolist()
+    assert sorted(partner) == list(range(16)) and torch.equal(batch.others, labels[partner]) and 0 < batch.share < 1
+    expected = batch.share * pixels + (1 - batch.share) * pixels[partner]
+    torch.testing.assert_close(batch.images, expected)
+    shares = [mixed(plain, 0.4, seed).share for seed in range(2000)]
+    assert np.quantile(shares, (0.1, 0.5, 0.9)) == pytest.approx(beta(0.4, 0.4).ppf((0.1, 0.5, 0.9)), abs=0.04)
+    recipe = replace(PLAIN, distillation=0.5, temperature=1.0)
+    q, p = (model(expected).double().log_softmax(1).numpy() for model in (net(), teacher))
+    hard = -(batch.share * q[np.arange(16), labels] + (1 - batch.share) * q[np.arange(16), labels[partner]]).mean()
+    soft = (np.exp(p) * (p - q)).sum(axis=1).mean()
+    found = objective(net(), teacher, images, recipe)(batch)
+    assert float(found) == pytest.approx(0.5 * hard + 0.5 * soft, rel=1e-5)
+
+
+def test_randaugment_is_torchvisions_on_the_pixels() -> None:
+    images = split(6)
+    pixels, _ = whole(images)
+    state = torch.random.get_rng_state()
+    found = randomised(pixels, images.preprocess, 9, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(5)
+    change = RandAugment(num_ops=2, magnitude=9)
+    originals = torch.from_numpy(images.images).permute(0, 3, 1, 2)
+    expected = images.preprocess.normalise(np.stack([change(image).permute(1, 2, 0).numpy() for image in originals]))
+    torch.random.set_rng_state(state)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-6)
+    assert not np.allclose(found, pixels)
+
+
+@pytest.mark.parametrize("change", [{"mixup": 0.4}, {"randaugment": 9}], ids=str)
+def test_what_changes_images_is_the_same_after_a_stop(change: dict[str, Any], tmp_path: Path) -> None:
+    recipe = replace(RECIPE, **change)
+    expected = train(recipe, teacher=net(seed=1))
+    assert expected.losses != train(RECIPE, teacher=net(seed=1)).losses
+    with pytest.raises(StopError):
+        train(recipe, teacher=net(seed=1), checkpoint=tmp_path / "state", observer=stopping(7))
+    assert train(recipe, teacher=net(seed=1), checkpoint=tmp_path / "state").losses == expected.losses
 
 
 def test_the_average_follows_the_weights() -> None:
@@ -282,6 +350,10 @@ def test_bad_input_is_refused() -> None:
         train(RECIPE, images=replace(labels, labels=labels.labels))
     with pytest.raises(ModelError, match=r"the teacher gives logits \(10, 7\), the model \(10, 4\)"):
         train(RECIPE, teacher=net(7))
+    with pytest.raises(ModelError, match="attention transfer needs traced models"):
+        train(replace(RECIPE, attention=1.0), teacher=net(seed=1))
+    with pytest.raises(DataError, match="mean and std are known"):
+        train(replace(RECIPE, randaugment=9), images=Unnamed(split()))
     with pytest.raises(DataError, match="no training images"):
         finetune(Training(net(), None, split().take(np.arange(0)), RECIPE), lambda event: None)
 
@@ -295,6 +367,8 @@ def test_bad_input_is_refused() -> None:
         ({"distillation": 1.5}, r"distillation must lie in \[0, 1\]"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"crop": -1}, "crop must not be negative"),
+        ({"mixup": -0.1}, "mixup must not be negative"),
+        ({"randaugment": 31}, "randaugment must be at most 30"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion': use sgd or adamw"),
         ({"schedule": "steps"}, "unknown schedule 'steps': use cosine or one_cycle"),
         ({"quantization": "none"}, "unknown quantization 'none': use learned or calibrated"),
