@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -22,17 +22,21 @@ def digest_of(data: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Precision:
-    """Numeric type of a layer's weights and of the activations it reads and writes.
+    """How a layer is computed: numeric type of its weights and of the activations it reads and writes, and its rank.
 
-    Written ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``w4a8`` for weights of 4 and activations of 8 bits.
+    Written ``fp32``, ``fp16``, ``bf16``, ``int8``, or ``w4a8`` for weights of 4 and activations of 8 bits; of a layer
+    that is computed by two smaller ones with 32 values between them ``fp32@32``.
     """
 
     weight: str = "fp32"
     activation: str = "fp32"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank {self.rank} leaves nothing of a layer: give at least 1")
         both_float = self.weight in _FLOATS and self.activation == self.weight
         both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
         if not (both_float or both_int):
@@ -43,6 +47,11 @@ class Precision:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises: InputError if ``text`` names no precision."""
+        kind, at, rank = text.partition("@")
+        if at:
+            if not rank.isdecimal():
+                raise InputError(f"precision {text!r} has no rank: write it like fp32@32")
+            return replace(cls.parse(kind), rank=int(rank))
         if match := re.fullmatch(r"w([2-8])a([2-8])", text):
             return cls(f"int{match[1]}", f"int{match[2]}")
         return cls(text, text)
@@ -59,8 +68,14 @@ class Precision:
     def activation_bits(self) -> int:
         return _bits(self.activation)
 
+    @property
+    def arithmetic(self) -> Self:
+        """The types alone, which an engine runs or not."""
+        return replace(self, rank=None)
+
     def __str__(self) -> str:
-        return self.weight if self.weight == self.activation else f"w{self.weight_bits}a{self.activation_bits}"
+        types = self.weight if self.weight == self.activation else f"w{self.weight_bits}a{self.activation_bits}"
+        return types if self.rank is None else f"{types}@{self.rank}"
 
 
 def _bits(kind: str) -> int:
@@ -80,7 +95,7 @@ class Policy:
     Attributes:
         kept: group name -> channels kept, for groups that lose some.
         dropped: names of the residual branches removed.
-        precisions: layer name -> precision, for layers that do not run in fp32.
+        precisions: layer name -> precision, for layers that do not run in fp32 at full rank.
     """
 
     kept: Mapping[str, int] = field(default_factory=dict)

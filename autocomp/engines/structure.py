@@ -7,8 +7,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.graph import LayerGraph
 
 __all__ = ["initializer_bytes", "int8_layers", "structure_digest"]

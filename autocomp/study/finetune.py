@@ -12,7 +12,7 @@ from autocomp.data import Indexed
 from autocomp.engines import initializer_bytes
 from autocomp.errors import DataError, RunError
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult
-from autocomp.policy import Policy
+from autocomp.policy import FP32, Policy
 from autocomp.results import Interval
 from autocomp.storage import write_atomic
 from autocomp.study.artefacts import write_model
@@ -184,14 +184,17 @@ def trained(
         DataError, CompressError: as `finetune`.
     """
     observer(Phase("compress"))
-    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
-    teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, policy)
+    ranks = {name: replace(FP32, rank=found.rank) for name, found in policy.precisions.items()}
+    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped, ranks))
+    _, plain = bench.traced.graph.paired(policy)  # of ``pruned.graph``
+    teacher, start = bench.traced.module, _calibrated(bench, pruned, {}, plain)
     if recipe.quantization == "calibrated" or not start.weights:
         tuned = train(pruned.module, teacher, images, recipe, observer, checkpoint)
-        return _calibrated(bench, pruned, tuned.tensors, policy), tuned
+        return replace(_calibrated(bench, pruned, tuned.tensors, plain), policy=policy), tuned
     tuned = train(learnable(start), teacher, images, recipe, observer, checkpoint)
     tensors, weights, params = learned(start, tuned.tensors)
-    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned
+    learnt = quantize_learned(pruned, tensors, plain, weights, params, start.numerics)
+    return replace(learnt, policy=policy), tuned
 
 
 def _calibrated(bench: Workbench, pruned: Compressed, tensors: Mapping[str, Any], policy: Policy) -> Compressed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.engines.tensorrt import build_worker
 from autocomp.engines.tensorrt.flavour import Flavour
 from autocomp.engines.tensorrt.onnx_file import layer_of

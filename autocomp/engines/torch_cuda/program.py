@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
 
 __all__ = ["exported_program"]
