@@ -50,7 +50,7 @@ class Capabilities:
     def validate(self, policy: Policy) -> None:
         """Raises: InputError naming the first layer whose precision the engine does not run."""
         for name, precision in policy.precisions.items():
-            if precision not in self.precisions:
+            if precision.full_rank not in self.precisions:
                 known = ", ".join(str(entry) for entry in self.precisions)
                 raise InputError(f"{name} cannot run as {precision} on this engine: it runs {known}")
 

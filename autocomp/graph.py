@@ -3,142 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from math import prod
 
 from autocomp.errors import InputError
+from autocomp.parts import Branch, Group, Layer, Member, Node, elements, most_rank, pair_of
 from autocomp.policy import Policy, digest_of
 from autocomp.rows import Inputs, row_shape
 
-__all__ = ["Branch", "Group", "Layer", "LayerGraph", "Member", "Node"]
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One operator of the traced graph; its name is also the name of the value it produces, here and in the ONNX.
-
-    Attributes:
-        name: unique; the model's inputs are nodes of op ``input``.
-        op: ATen's short name (``conv2d``, ``relu``, ``add``, ``slice``, ``pad``, ``view``, ...).
-        inputs: names of the activations it reads, in order (parameters are not listed).
-        shape: of the produced value, without the batch axis.
-    """
-
-    name: str
-    op: str
-    inputs: tuple[str, ...]
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Layer:
-    """A convolution or linear operator with weights, normalisation folded in.
-
-    Attributes:
-        name: the module's path (``layer1.0.conv1``); parameters are ``{name}.weight`` and ``{name}.bias``.
-        op: ``conv`` or ``linear``.
-        node: name of its `Node`.
-        weight_shape: (out, in / groups, *kernel) for conv, (out, in) for linear.
-        positions: outputs computed per output channel for one sample (height x width for a conv).
-        stride, padding, dilation: of a conv, per spatial axis; empty for linear.
-        groups: of a conv; equal to the channels for a depthwise one.
-        normalised: a batch normalisation was folded into it.
-    """
-
-    name: str
-    op: str
-    node: str
-    weight_shape: tuple[int, ...]
-    positions: int
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    groups: int = 1
-    normalised: bool = False
-
-    @property
-    def weight(self) -> str:
-        return f"{self.name}.weight"
-
-    @property
-    def bias(self) -> str:
-        return f"{self.name}.bias"
-
-    @property
-    def depthwise(self) -> bool:
-        return self.groups > 1 and self.groups == self.weight_shape[0] and self.weight_shape[1] == 1
-
-    @property
-    def reads_fours(self) -> bool:
-        """Whether its input channels come in fours, of which 2:4 sparsity takes two."""
-        return self.groups == 1 and self.weight_shape[1] % 4 == 0
-
-    def groups_of(self, channels: int) -> int:
-        """How many groups a convolution has left with so many output channels: grouped ones lose whole groups."""
-        return 1 if self.groups == 1 else channels // (self.weight_shape[0] // self.groups)
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One parameter's axis that a group slices.
-
-    Attributes:
-        parameter: name of the tensor (``layer1.0.conv2.weight``).
-        axis: the sliced axis; 0 writes the group's channels, 1 reads them.
-        positions: for each channel of the group, the positions it occupies along the axis (several where a
-            channel was flattened into a linear layer); equally many for every channel.
-    """
-
-    parameter: str
-    axis: int
-    positions: tuple[tuple[int, ...], ...]
-
-    def __post_init__(self) -> None:
-        if len({len(entry) for entry in self.positions}) != 1:
-            raise InputError(f"{self.parameter}: channels of one group occupy unequally many positions")
-
-    @property
-    def width(self) -> int:
-        """Positions per channel."""
-        return len(self.positions[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Channels that must be pruned together.
-
-    Attributes:
-        name: of the layer that writes the channels (the first one where several do).
-        channels: how many there are.
-        members: every parameter axis to slice.
-    """
-
-    name: str
-    channels: int
-    members: tuple[Member, ...]
-
-    @property
-    def writers(self) -> frozenset[str]:
-        """Names of the modules that give these channels: layers, and norms that were not folded."""
-        return frozenset(member.parameter.rpartition(".")[0] for member in self.members if member.axis == 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Branch:
-    """A residual branch that can be removed whole: its addition then passes the stream on.
-
-    Attributes:
-        name: common module path of the branch's layers.
-        add: name of the addition's node.
-        stream: the addition's input that stays.
-        branch: the addition's input that goes.
-        layers: names of the layers that go with it.
-    """
-
-    name: str
-    add: str
-    stream: str
-    branch: str
-    layers: tuple[str, ...]
+__all__ = ["Branch", "Group", "Layer", "LayerGraph", "Member", "Node", "elements"]
 
 
 @dataclass(frozen=True)
@@ -221,9 +92,18 @@ class LayerGraph:
         for name in policy.dropped:
             if name not in self.branch_by_name:
                 raise InputError(f"the policy drops {name}, which is no removable branch of this model")
-        for name in policy.precisions:
+        for name, precision in policy.precisions.items():
             if name not in self.layer_by_name:
                 raise InputError(f"the policy sets the precision of {name}, which is no layer of this model")
+            if precision.rank is not None and precision.rank > self.most_rank(name):
+                raise InputError(
+                    f"the policy gives {name} rank {precision.rank}, at which it would not be smaller: give at most "
+                    f"{self.most_rank(name)}"
+                )
+
+    def most_rank(self, layer: str) -> int:
+        """`Layer.most_rank`; 0 also where the layer is left whole, for other operators may read its weight."""
+        return 0 if layer in self.left_whole else self.layer_by_name[layer].most_rank
 
     def normalise(self, policy: Policy) -> Policy:
         """The same model written once: choices without effect (inside dropped branches, or keeping all) removed."""
@@ -236,6 +116,10 @@ class LayerGraph:
             if count < self.group_by_name[name].channels and not self._inside(self.group_by_name[name], gone)
         }
         precisions = {name: p for name, p in policy.precisions.items() if name not in gone}
+        if any(precision.rank is not None for precision in precisions.values()):
+            shapes = self.parameter_shapes(Policy(kept, outermost))
+            whole = {name for name, p in precisions.items() if (p.rank or 0) > most_rank(shapes[f"{name}.weight"])}
+            precisions |= {name: precisions[name].full_rank for name in whole}
         return Policy(kept, outermost, precisions)
 
     def removed_layers(self, policy: Policy) -> frozenset[str]:
@@ -259,8 +143,53 @@ class LayerGraph:
                 needed.update(found[-1].inputs)
         return tuple(reversed(found))
 
+    def paired(self, policy: Policy) -> tuple["LayerGraph", Policy]:
+        """The graph in which every layer of reduced rank is a pair of layers, and the policy of that graph.
+
+        The first of a pair is called ``NAME.reduce``, reads what the layer read, as it did, and gives as many values at
+        every place as the rank says. The second has the layer's own name and bias and a kernel of one place.
+        """
+        ranks = {name: p.rank for name, p in policy.precisions.items() if p.rank is not None}
+        if not ranks:
+            return self, policy
+        pairs = {name: pair_of(self.layer_by_name[name], rank) for name, rank in ranks.items()}
+        first = {f"{name}.weight": pair[0].weight for name, pair in pairs.items()}
+
+        def part(member: Member) -> Member:
+            reads = member.axis == 1 and member.parameter in first
+            return replace(member, parameter=first[member.parameter]) if reads else member
+
+        nodes: list[Node] = []
+        for node in self.nodes:
+            layer = self.layer_by_node.get(node.name)
+            if layer is not None and layer.name in pairs:
+                reduce, rank = pairs[layer.name][0], ranks[layer.name]
+                shape = (rank, *node.shape[1:]) if layer.op == "conv" else (*node.shape[:-1], rank)
+                nodes += [replace(node, name=reduce.node, shape=shape), replace(node, inputs=(reduce.node,))]
+            else:
+                nodes.append(node)
+        parts = {name: tuple(layer.name for layer in pair) for name, pair in pairs.items()}
+        several = [entry for pair in pairs.values() for layer in pair for entry in _shapes(layer)]
+        graph = replace(
+            self,
+            nodes=tuple(nodes),
+            layers=tuple(one for layer in self.layers for one in pairs.get(layer.name, (layer,))),
+            groups=tuple(replace(group, members=tuple(map(part, group.members))) for group in self.groups),
+            branches=tuple(
+                replace(branch, layers=tuple(one for name in branch.layers for one in parts.get(name, (name,))))
+                for branch in self.branches
+            ),
+            parameters={**self.parameters, **dict(several)},
+        )
+        precisions = {one: p.full_rank for name, p in policy.precisions.items() for one in parts.get(name, (name,))}
+        return graph, Policy(policy.kept, policy.dropped, precisions)
+
     def parameter_shapes(self, policy: Policy) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter under the policy; those of removed layers are absent."""
+        graph, policy = self.paired(policy)
+        return graph._sliced_shapes(policy)
+
+    def _sliced_shapes(self, policy: Policy) -> dict[str, tuple[int, ...]]:
         gone = self.removed_layers(policy)
         shapes = {name: list(shape) for name, shape in self.parameters.items() if name.rpartition(".")[0] not in gone}
         for name, count in policy.kept.items():
@@ -272,9 +201,11 @@ class LayerGraph:
 
     def layer_macs(self, policy: Policy) -> dict[str, int]:
         """Multiply-accumulates of one sample, per remaining layer."""
-        shapes = self.parameter_shapes(policy)
+        shapes = self._sliced_shapes(policy)
         return {
-            layer.name: prod(shapes[layer.weight]) * layer.positions for layer in self.layers if layer.weight in shapes
+            layer.name: elements(shapes[layer.weight], policy.precision(layer.name).rank) * layer.positions
+            for layer in self.layers
+            if layer.weight in shapes
         }
 
     def macs(self, policy: Policy) -> int:
@@ -283,3 +214,7 @@ class LayerGraph:
 
     def _inside(self, group: Group, gone: frozenset[str]) -> bool:
         return all(member.parameter.rpartition(".")[0] in gone for member in group.members)
+
+
+def _shapes(layer: Layer) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return (layer.weight, layer.weight_shape), (layer.bias, layer.weight_shape[:1])

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -23,19 +23,23 @@ def digest_of(data: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Precision:
-    """Numeric type of a layer's weights and of the activations it reads and writes.
+    """How a layer is computed: numeric type of its weights and of the activations it reads and writes, and its rank.
 
     Written ``fp32``, ``fp16``, ``bf16``, ``fp8`` (E4M3), ``int8``, or ``w4a8`` for weights of 4 and activations of 8
-    bits. With ``-2:4`` behind it two of every four weights along the input channels are zero.
+    bits. With ``-2:4`` behind it two of every four weights along the input channels are zero; a layer that is computed
+    by two smaller ones with 32 values between them is ``fp32@32``.
     """
 
     weight: str = "fp32"
     activation: str = "fp32"
     sparse: bool = False
+    rank: int | None = None
 
     def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank {self.rank} leaves nothing of a layer: give at least 1")
         both_float = self.weight in _FLOATS and self.activation == self.weight
         both_int = all(re.fullmatch(r"int[2-8]", kind) for kind in (self.weight, self.activation))
         if not (both_float or both_int):
@@ -46,10 +50,15 @@ class Precision:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Raises: InputError if ``text`` names no precision."""
-        kind = text.removesuffix(SPARSE)
-        if match := re.fullmatch(r"w([2-8])a([2-8])", kind):
-            return cls(f"int{match[1]}", f"int{match[2]}", kind != text)
-        return cls(kind, kind, kind != text)
+        kind, at, rank = text.partition("@")
+        if at:
+            if not rank.isdecimal():
+                raise InputError(f"precision {text!r} has no rank: write it like fp32@32")
+            return replace(cls.parse(kind), rank=int(rank))
+        types = text.removesuffix(SPARSE)
+        if match := re.fullmatch(r"w([2-8])a([2-8])", types):
+            return cls(f"int{match[1]}", f"int{match[2]}", types != text)
+        return cls(types, types, types != text)
 
     @property
     def is_integer(self) -> bool:
@@ -63,16 +72,21 @@ class Precision:
     def activation_bits(self) -> int:
         return _bits(self.activation)
 
+    @property
+    def full_rank(self) -> Self:
+        """What an engine runs or not, whatever the rank."""
+        return replace(self, rank=None)
+
     def __str__(self) -> str:
-        same = self.weight == self.activation
-        kind = self.weight if same else f"w{self.weight_bits}a{self.activation_bits}"
-        return f"{kind}{SPARSE}" if self.sparse else kind
+        types = self.weight if self.weight == self.activation else f"w{self.weight_bits}a{self.activation_bits}"
+        rank = "" if self.rank is None else f"@{self.rank}"
+        return f"{types}{SPARSE * self.sparse}{rank}"
 
     @property
     def arithmetic(self) -> str:
         """What an engine computes in: weights of fewer bits are int8 by then."""
         kind = "int8" if self.is_integer else self.weight
-        return f"{kind}{SPARSE}" if self.sparse else kind
+        return f"{kind}{SPARSE * self.sparse}"
 
 
 def _bits(kind: str) -> int:
@@ -93,7 +107,7 @@ class Policy:
     Attributes:
         kept: group name -> channels kept, for groups that lose some.
         dropped: names of the residual branches removed.
-        precisions: layer name -> precision, for layers that do not run in fp32.
+        precisions: layer name -> precision, for layers that do not run in fp32 at full rank.
     """
 
     kept: Mapping[str, int] = field(default_factory=dict)

@@ -122,6 +122,7 @@ def place(graph: LayerGraph, policy: Policy) -> QuantPlan:
     for name, precision in policy.precisions.items():
         if precision.is_integer and precision.activation_bits != 8:
             raise InputError(f"{name} cannot run as {precision}: choose int8, or w2a8 to w7a8 for fewer weight bits")
+    graph, policy = graph.paired(policy)
     removed = graph.removed_layers(policy)
     ops = {node.name: node for node in graph.live(policy)}
     readers: dict[str, list[Node]] = {name: [] for name in ops}
@@ -299,6 +300,7 @@ def quantize_weights(
     graph: LayerGraph, policy: Policy, tensors: Mapping[str, NDArray[np.float32]], numerics: Numerics
 ) -> dict[str, QuantWeight]:
     """Parameter name -> codes by rounding to nearest, for every integer and fp8 layer of the policy that is left."""
+    graph, policy = graph.paired(policy)
     plan = place(graph, policy)
     names = {graph.layer_by_name[name].weight: policy.precision(name) for name in plan.layers}
     eights = (graph.layer_by_name[name].weight for name in plan.fp8)
@@ -329,6 +331,7 @@ def round_biases(
     Returns:
         parameter name -> rounded bias; to replace those of ``tensors`` in the torch model and in the engine's file.
     """
+    graph, policy = graph.paired(policy)
     bypass = {graph.branch_by_name[name].add: graph.branch_by_name[name].stream for name in policy.dropped}
     rounded: dict[str, NDArray[np.float32]] = {}
     for name in place(graph, policy).layers:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, fx
 
 from autocomp.capabilities import Numerics
 from autocomp.compress.arrays import arrays_of
+from autocomp.compress.low_rank import factorized, paired
 from autocomp.compress.ordering import select
-from autocomp.compress.prune import Clock, prune
+from autocomp.compress.prune import OBSERVED_IMAGES, Clock, observe, prune
 from autocomp.compress.quantize import Quantized, params_of, quantize
 from autocomp.compress.sparsity import sparse_weights
 from autocomp.compress.statistics import Statistics, check_images
@@ -48,7 +50,7 @@ class Compressed:
         divergence_before, divergence_after: KL in nats on calibration images without and with recalibration; None
             where the recipe does not compare the two, or nothing was pruned.
         bias_corrected: whether the mean shifts that rounding leaves were taken back.
-        graph: of the unpruned model.
+        graph: of the unpruned model, layers of reduced rank as pairs.
         plan: where int8 begins and ends.
         numerics: of int8.
         seconds: stage -> wall time.
@@ -89,18 +91,26 @@ def structure(
     tensors = tensors_of(traced.module)
     kept = select(statistics.orders, policy)
     sliced = slice_tensors(tensors, kept_positions(traced.graph, kept))
-    shapes = traced.graph.parameter_shapes(policy)
-    plan = place(traced.graph, policy)
+    graph, policy = traced.graph.paired(policy)
+    shapes = graph.parameter_shapes(policy)
+    plan = place(graph, policy)
     arrays = arrays_of({name: tensor for name, tensor in sliced.items() if name in shapes})
-    arrays |= sparse_weights(traced.graph, policy, arrays)
+    ranges = dict(statistics.ranges)
+    # Pairs of layers have neither weights nor ranges yet. All differ: engines share what is equal.
+    for number, layer in enumerate(graph.layers, start=1):
+        ranges.setdefault(layer.node, (-1.0, float(number)))
+        for name in (layer.weight, layer.bias):
+            if name in shapes and (name not in arrays or arrays[name].shape != shapes[name]):
+                arrays[name] = np.full(shapes[name], number / prod(shapes[name]), np.float32)
+    arrays |= sparse_weights(graph, policy, arrays)
     weights = {}
     for name in plan.layers:
-        parameter, bits = traced.graph.layer_by_name[name].weight, policy.precision(name).weight_bits
+        parameter, bits = graph.layer_by_name[name].weight, policy.precision(name).weight_bits
         codes = quantize_weight(arrays[parameter], replace(numerics, weight_max=code_max(numerics, bits)))
         weights[parameter] = replace(codes, bits=bits)
-    eights = (traced.graph.layer_by_name[name].weight for name in plan.fp8)
+    eights = (graph.layer_by_name[name].weight for name in plan.fp8)
     weights |= {parameter: quantize_fp8(arrays[parameter]) for parameter in eights}
-    return arrays, weights, params_of(plan, statistics.ranges, numerics)
+    return arrays, weights, params_of(plan, ranges, numerics)
 
 
 def compress(
@@ -124,22 +134,35 @@ def compress(
             f"{len(images)} calibration images do not fit statistics of {len(statistics.logits)}: collect them again"
         )
     plan = place(graph, policy)
-    pruned = prune(traced, statistics, policy, recipe, images, plan.observed, clock)
-    module, tensors = pruned.module, arrays_of(tensors_of(pruned.module))
-    sparse = sparse_weights(graph, policy, tensors)
+    observed = [value for value in plan.observed if value in graph.node_by_name]
+    pruned = prune(traced, statistics, policy, recipe, images, observed, clock)
+    module, source, ranges = pruned.module, traced.module, pruned.ranges
+    graph, plain = traced.graph.paired(policy)
+    if graph is not traced.graph:
+        with clock("factorize"):
+            source = paired(traced.module, traced.graph, graph)
+            positions = kept_positions(traced.graph, pruned.kept)
+            found = factorized(traced.graph, policy, tensors_of(module), statistics.moments, positions)
+            module = rebuild(source, graph, found, pruned.branches)
+            between = [value for value in plan.observed if value not in observed]
+            if ranges is not None:
+                held_out, logits = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
+                ranges = {**ranges, **observe(module, graph, between, recipe, held_out, logits).ranges}
+    tensors = arrays_of(tensors_of(module))
+    sparse = sparse_weights(graph, plain, tensors)
     if sparse:
         tensors |= sparse
         found = tensors_of(module) | {name: torch.from_numpy(weight) for name, weight in sparse.items()}
-        module = rebuild(traced.module, graph, found, pruned.branches)
+        module = rebuild(source, graph, found, pruned.branches)
     quantized: Quantized | None = None
-    if pruned.ranges is not None:
+    if ranges is not None:
         with clock("quantize"):
             quantized = quantize(
                 module,
-                lambda found: rebuild(traced.module, graph, found, pruned.branches),
+                lambda found: rebuild(source, graph, found, pruned.branches),
                 graph,
-                policy,
-                pruned.ranges,
+                plain,
+                ranges,
                 recipe,
                 numerics,
                 images,

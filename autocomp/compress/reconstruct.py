@@ -12,7 +12,7 @@ from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
 
-__all__ = ["cross_moments", "least_squares", "reconstruct"]
+__all__ = ["by_feature", "cross_moments", "features_of", "least_squares", "reconstruct"]
 
 LARGE = 1024  # features from which single precision does
 MOST_GAIN = 2.0  # outputs that the remaining inputs hardly determine would otherwise be mostly noise
@@ -27,7 +27,7 @@ def cross_moments(weight: Tensor, moments: Moments) -> Tensor:
     Returns:
         (out, pooled, features); float64, or float32 where there are many features.
     """
-    flat = _by_feature(weight, moments)
+    flat = by_feature(weight, moments)
     dtype = _dtype(len(moments.mean))
     return flat.to(dtype) @ moments.gram.to(dtype)
 
@@ -54,7 +54,7 @@ def reconstruct(
     if moments.pooled > 1:
         return solved.weight, solved.bias
     gain = (solved.wanted / solved.given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
-    stay = _features(weight, kept, moments)
+    stay = features_of(weight.shape[1], kept, moments)
     mean = solved.weight.flatten(1).double() @ moments.mean[stay]
     shift = solved.bias + ((1 - gain) * mean).float()
     return solved.weight * gain.float().reshape(-1, *[1] * (weight.ndim - 1)), shift
@@ -115,9 +115,9 @@ def _solve(
 ) -> _Solved:
     out, pooled = weight.shape[0], moments.pooled
     cross = cross_moments(weight, moments) if cross is None else cross
-    stay = _features(weight, kept, moments)
+    stay = features_of(weight.shape[1], kept, moments)
     dtype = _dtype(len(stay))
-    flat, mean = _by_feature(weight, moments), moments.mean.to(dtype)
+    flat, mean = by_feature(weight, moments), moments.mean.to(dtype)
     before, target = flat[..., stay].to(dtype), cross[..., stay].to(dtype)
     factor, added = damped(moments.gram[stay][:, stay].to(dtype), ridge)
     right = (target + added * before).reshape(out * pooled, -1)
@@ -134,7 +134,7 @@ def _solve(
     return _Solved(solved, (bias.to(dtype) + shift).float(), wanted, given)
 
 
-def _by_feature(weight: Tensor, moments: Moments) -> Tensor:
+def by_feature(weight: Tensor, moments: Moments) -> Tensor:
     """A weight as (out, pooled, features)."""
     return weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2)
 
@@ -144,8 +144,8 @@ def _dtype(features: int) -> torch.dtype:
     return torch.float64 if features <= LARGE else torch.float32
 
 
-def _features(weight: Tensor, kept: NDArray[np.int64], moments: Moments) -> Tensor:
-    """Features of the moments that belong to kept positions on the weight's axis 1, ascending."""
-    per_entry = len(moments.mean) * moments.pooled // weight.shape[1]  # weight columns of one position on axis 1
+def features_of(positions: int, kept: NDArray[np.int64], moments: Moments) -> Tensor:
+    """Features of the moments that belong to kept positions of those on a weight's axis 1, ascending."""
+    per_entry = len(moments.mean) * moments.pooled // positions  # weight columns of one position on axis 1
     columns = (kept[:, None] * per_entry + np.arange(per_entry)).ravel()
     return torch.from_numpy(np.unique(columns // moments.pooled))

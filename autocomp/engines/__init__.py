@@ -4,15 +4,17 @@ from autocomp.engines.attribution import by_graph_value
 from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend, open_engine
 from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
-from autocomp.engines.onnx_graph import Template, emit, load_template
+from autocomp.engines.onnx_graph import emit
 from autocomp.engines.packing import with_codes
 from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest
+from autocomp.engines.template import Template, between_pairs, load_template
 from autocomp.engines.timing import clear_of, compare, estimate, merge
 
 __all__ = [
     "BACKENDS",
     "BackendSpec",
     "Template",
+    "between_pairs",
     "by_graph_value",
     "clear_of",
     "compare",

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from onnx import GraphProto, ModelProto, NodeProto
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 
 __all__ = ["Attribution", "Ran", "by_graph_value", "layer_of"]
 

@@ -7,8 +7,8 @@ import onnx as onnx_package
 from onnx import NodeProto, TensorProto, helper, shape_inference
 
 from autocomp.engines.attribution import layer_of
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.errors import EngineError
 
 __all__ = ["Cut", "cuts_of", "head", "tail"]

@@ -4,7 +4,7 @@ import json
 
 import onnx as onnx_package
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.errors import EngineError, InputError
 from autocomp.policy import Policy
 

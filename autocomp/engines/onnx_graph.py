@@ -1,7 +1,6 @@
 """From a policy to a typed ONNX model by editing one exported base model: no export inside a trial."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,99 +11,16 @@ from onnx import TensorProto, helper, numpy_helper
 from autocomp.capabilities import Numerics
 from autocomp.engines.float8 import FLOAT8_OPSET, Float8
 from autocomp.engines.float_types import FloatTypes
-from autocomp.engines.matching import joined_products, match_values, simplified
 from autocomp.engines.packing import stored
+from autocomp.engines.template import Template, paired
 from autocomp.errors import EngineError
-from autocomp.graph import Layer, LayerGraph
+from autocomp.graph import Layer
 from autocomp.policy import Policy
 from autocomp.quantization import QuantParams, QuantWeight, fp8_key, place
 
-__all__ = ["Template", "emit", "load_template", "parse"]
+__all__ = ["emit"]
 
 BFLOAT16_OPSET = 22  # the first whose convolutions may be of that type
-
-
-@dataclass(frozen=True)
-class Template:
-    """An exported model, parsed and simplified once.
-
-    Attributes:
-        graph: what was traced; policies refer to it.
-        model: the ONNX model without nodes and initializers (inputs, outputs, operator sets).
-        nodes: in topological order, see `joined_products`. Not to be changed.
-        initializers: by name. Not to be changed.
-        values: value name in ``graph`` -> value name in the ONNX model; a value that the exporter merged into
-            another operator has no entry.
-        sizes: name of a constant of sizes -> for each of its numbers the tensors whose lengths add up to it.
-    """
-
-    graph: LayerGraph
-    model: onnx.ModelProto
-    nodes: tuple[onnx.NodeProto, ...]
-    initializers: Mapping[str, onnx.TensorProto]
-    values: Mapping[str, str]
-    sizes: Mapping[str, tuple[tuple[str, ...], ...]]
-
-    @property
-    def output(self) -> str:
-        return str(self.model.graph.output[0].name)
-
-
-def parse(data: bytes) -> onnx.ModelProto:
-    """Read a serialized model.
-
-    Raises:
-        EngineError: these bytes are no ONNX model.
-    """
-    try:
-        model = onnx.load_model_from_string(data)
-    except Exception as error:  # protobuf's DecodeError, whose module differs between its implementations
-        raise EngineError(f"this is no ONNX model ({_one_line(error)}): export it again") from error
-    if not model.graph.output:
-        raise EngineError("this is no ONNX model (it has no graph): export it again")
-    return model
-
-
-def load_template(onnx: bytes, graph: LayerGraph) -> Template:
-    """Parse the export of a traced model and find the graph's values in it.
-
-    Args:
-        onnx: exported with the parameters' own names as initializers.
-        graph: the trace that was exported.
-
-    Raises:
-        EngineError: naming the layer whose weight, or the value to be quantized that cannot be found; such a
-            model cannot be edited and needs a full export for each policy.
-    """
-    model = parse(onnx)
-    found = {tensor.name: tensor for tensor in model.graph.initializer}
-    nodes, initializers = joined_products(graph, simplified(model.graph.node, found), found)
-    values = match_values(graph, nodes, initializers, model.graph.output[0].name)
-    for node in nodes:
-        flat = next((name for name, value in values.items() if value == node.output[0]), None)
-        if node.op_type == "Reshape" and flat is not None and len(graph.node_by_name[flat].shape) == 1:
-            # The exporter wrote the number of features as a constant, which pruning changes; 0 copies the batch.
-            shape = numpy_helper.from_array(np.array([0, -1], np.int64), f"{node.name}_shape")
-            initializers[shape.name] = shape
-            node.input[1] = shape.name
-            del node.attribute[:]  # the exporter sets allowzero, which would mean a true 0
-    sizes = _renewable(nodes)
-    del model.graph.node[:], model.graph.initializer[:], model.graph.value_info[:]
-    return Template(graph, model, tuple(nodes), initializers, values, sizes)
-
-
-def _renewable(nodes: Sequence[onnx.NodeProto]) -> dict[str, tuple[tuple[str, ...], ...]]:
-    """Give nodes with sizes of channels constants of their own; see `Template.sizes`."""
-    sizes: dict[str, tuple[tuple[str, ...], ...]] = {}
-    for node in nodes:
-        names = next((tuple(entry.value.split()) for entry in node.metadata_props if entry.key == "pieces"), ())
-        if node.op_type == "Split" and names:
-            node.input[1] = f"{names[0]}_sizes"
-            sizes[node.input[1]] = tuple((name,) for name in names)
-        elif node.op_type == "Slice" and names:
-            node.input[1], node.input[2] = f"{names[0]}_start", f"{names[0]}_end"
-            sizes[node.input[1]], sizes[node.input[2]] = (names[:1],), (names,)
-    return sizes
 
 
 def emit(
@@ -128,6 +44,7 @@ def emit(
     Raises:
         EngineError: something is unknown to the template, or a quantized value or weight has no parameters.
     """
+    template, policy = paired(template, policy)
     writer = _Writer(template, policy, tensors, weights, params, numerics)
     model = onnx.ModelProto()
     model.CopyFrom(template.model)
@@ -181,7 +98,7 @@ class _Writer:
         self._layer_by_output = {
             self._onnx_name(layer.node): layer for layer in graph.layers if layer.node in template.values
         }
-        known = {layer.bias for layer in graph.layers} | template.initializers.keys()
+        known = {name for layer in graph.layers for name in (layer.weight, layer.bias)} | template.initializers.keys()
         known |= {name for parts in template.sizes.values() for part in parts for name in part}
         unknown = sorted(tensors.keys() - known)
         if unknown:
@@ -380,7 +297,3 @@ def _product(node: onnx.NodeProto, bias: str) -> Iterator[onnx.NodeProto]:
     yield helper.make_node("MatMul", node.input[:2], [result], name=node.name)
     if len(node.input) > 2:
         yield helper.make_node(bias, [result, node.input[2]], node.output, name=f"{node.name}_bias")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

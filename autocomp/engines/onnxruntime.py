@@ -17,8 +17,8 @@ from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.attribution import Attribution
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.feeds import fixed_shape, noise
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.processor import cpu_device, weight_max
+from autocomp.engines.template import parse
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes

@@ -13,8 +13,8 @@ from onnx import shape_inference
 
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.backends import BackendSpec
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes

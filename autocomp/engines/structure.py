@@ -9,8 +9,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.graph import LayerGraph
 
 __all__ = ["has_sparse_weights", "initializer_bytes", "int8_layers", "structure_digest"]

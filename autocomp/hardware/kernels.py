@@ -81,6 +81,7 @@ def kernels_of(graph: LayerGraph, policy: Policy, batch: int) -> dict[str, Kerne
         InputError: the policy does not fit the graph.
     """
     graph.validate(policy)
+    graph, policy = graph.paired(policy)
     nodes = graph.live(policy)
     plan = place(graph, policy)
     shapes = graph.parameter_shapes(policy)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 from typing import Literal, Protocol
 
 from autocomp.errors import InputError, SpaceError
@@ -19,7 +19,7 @@ class Decision:
     """One choice to make; its options go from the least to the most compressed.
 
     Attributes:
-        kind: ``channels`` of a group, whether a ``branch`` is dropped, ``precision`` of a layer.
+        kind: ``channels`` of a group, whether a ``branch`` is dropped, ``precision`` of a layer, its rank with it.
         name: of the group, branch or layer.
         options: channels kept, starting with all of them; (False, True); or precisions, the widest first.
     """
@@ -65,9 +65,15 @@ class PolicySpace:
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
-        """Every precision some layer may have, the widest first."""
-        options = {option for d in self.decisions for option in d.options if isinstance(option, Precision)}
+        """Every precision some layer may have, the widest first; ranks apart."""
+        options = {option.full_rank for d in self.decisions for option in d.options if isinstance(option, Precision)}
         return widest_first(options or {FP32})
+
+    @property
+    def ranks(self) -> frozenset[int]:
+        """Every reduced rank some layer may have."""
+        options = [option for d in self.decisions for option in d.options if isinstance(option, Precision)]
+        return frozenset(option.rank for option in options if option.rank is not None)
 
     def contains(self, policy: Policy) -> bool:
         """Whether some combination of options gives this model."""
@@ -168,8 +174,15 @@ class PolicySpace:
 
 
 def widest_first(precisions: set[Precision]) -> tuple[Precision, ...]:
-    """The precisions by falling activation and weight bits; fp16 before bf16, fp8 before int8, dense before sparse."""
-    return tuple(sorted(precisions, key=lambda p: (*_bits(p), p.weight in ("fp16", "fp8"), not p.sparse), reverse=True))
+    """The precisions by falling activation and weight bits, fp16 before bf16, fp8 before int8, dense before sparse, and
+    by falling rank.
+    """
+
+    def width(precision: Precision) -> tuple[float, ...]:
+        rank = inf if precision.rank is None else precision.rank
+        return *_bits(precision), precision.weight in ("fp16", "fp8"), not precision.sparse, rank
+
+    return tuple(sorted(precisions, key=width, reverse=True))
 
 
 def _bits(precision: Precision) -> tuple[int, int]:

@@ -5,13 +5,13 @@ import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
-from math import floor, lcm
+from math import floor, lcm, prod
 from pathlib import Path
 from typing import Any, Self
 
 from autocomp.capabilities import Capabilities
 from autocomp.errors import ConfigError, InputError, SpaceError
-from autocomp.graph import LayerGraph
+from autocomp.graph import Layer, LayerGraph
 from autocomp.policy import FP32, Precision, digest_of
 from autocomp.space import toml
 from autocomp.space.policy_space import Decision, PolicySpace, widest_first
@@ -19,7 +19,7 @@ from autocomp.space.policy_space import Decision, PolicySpace, widest_first
 __all__ = ["Rule", "SearchSpace"]
 
 FORMAT = 1
-_SHARED = {"kept": toml.numbers, "precisions": toml.precisions}
+_SHARED = {"kept": toml.numbers, "precisions": toml.precisions, "ranks": toml.numbers}
 _RULE = {**_SHARED, "match": toml.string, "whole": toml.boolean}
 _SPACE = {
     **_SHARED,
@@ -43,16 +43,20 @@ class Rule:
         kept: ratios instead of the space's.
         precisions: instead of the space's.
         whole: neither pruned nor dropped; its precision is still chosen.
+        ranks: instead of the space's.
     """
 
     match: str
     kept: tuple[float, ...] | None = None
     precisions: tuple[Precision, ...] | None = None
     whole: bool | None = None
+    ranks: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.match or (self.kept is None and self.precisions is None and self.whole is None):
-            raise ConfigError("a rule needs a match and at least one of kept, precisions and whole")
+        if not self.match or all(e is None for e in (self.kept, self.precisions, self.whole, self.ranks)):
+            raise ConfigError("a rule needs a match and at least one of kept, precisions, whole and ranks")
+        if self.ranks is not None:
+            object.__setattr__(self, "ranks", _ranks(self.ranks))
         if self.kept is not None:
             object.__setattr__(self, "kept", _largest_first(self.kept))
         if self.precisions is not None:
@@ -60,7 +64,7 @@ class Rule:
 
     def plain(self) -> dict[str, Any]:
         """What is set, as TOML and JSON know it."""
-        fields: dict[str, Any] = {"match": self.match, "kept": self.kept, "whole": self.whole}
+        fields: dict[str, Any] = {"match": self.match, "kept": self.kept, "whole": self.whole, "ranks": self.ranks}
         if self.precisions is not None:
             fields["precisions"] = _names(self.precisions)
         return {key: value for key, value in fields.items() if value is not None}
@@ -81,6 +85,8 @@ class SearchSpace:
             is dropped. A `Rule` holds channels or precision alone.
         include: globs on the only layers that are compressed, but for those in ``exclude``; none means all.
         rules: exceptions by name.
+        ranks: fractions in (0, 1) of a layer's full rank, at which it may be computed by a pair of smaller layers; the
+            full rank is always allowed.
     """
 
     name: str
@@ -92,9 +98,11 @@ class SearchSpace:
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     rules: tuple[Rule, ...] = ()
+    ranks: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kept", _largest_first(self.kept))
+        object.__setattr__(self, "ranks", _ranks(self.ranks))
         object.__setattr__(self, "precisions", _ordered(self.precisions))
         if self.multiple < 1:
             raise ConfigError(f"multiple = {self.multiple}: it must be 1 or more")
@@ -179,7 +187,9 @@ class SearchSpace:
                     f"search space {self.name} wants {layer.name} in {' or '.join(_names(allowed))}, but the engine "
                     f"runs {', '.join(_names(capabilities.precisions))}: allow one of these"
                 )
-            decisions.append(Decision("precision", layer.name, runs))
+            ranks = () if layer.name in held else self._ranks_of(graph, layer, multiple)
+            pairs = {replace(precision, rank=rank) for precision in runs for rank in ranks}
+            decisions.append(Decision("precision", layer.name, widest_first({*runs, *pairs})))
         # A single option that compresses belongs to every policy; one that does not needs no decision.
         decisions = [d for d in decisions if len(d.options) > 1 or (d.kind == "precision" and d.options != (FP32,))]
         if all(len(decision.options) == 1 for decision in decisions):
@@ -225,9 +235,17 @@ class SearchSpace:
     def _precisions(self, name: str) -> tuple[Precision, ...]:
         return next((rule.precisions for rule in self._matching(name) if rule.precisions is not None), self.precisions)
 
+    def _ranks_of(self, graph: LayerGraph, layer: Layer, multiple: int) -> tuple[int, ...]:
+        """The ranks that a layer may have; none where they would save nothing."""
+        ranks = next((rule.ranks for rule in self._matching(layer.name) if rule.ranks is not None), self.ranks)
+        full = min(layer.weight_shape[0], prod(layer.weight_shape[1:]))
+        return tuple(rank for rank in _counts(full, ranks, multiple)[1:] if rank <= graph.most_rank(layer.name))
+
     def _plain(self) -> dict[str, Any]:
         """The fields as TOML and JSON know them."""
         fields = {**asdict(self), "precisions": _names(self.precisions)}
+        if not self.ranks:
+            del fields["ranks"]
         fields["rules"] = [rule.plain() for rule in self.rules]
         return fields
 
@@ -243,9 +261,17 @@ def _largest_first(kept: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(sorted(set(kept), reverse=True))
 
 
+def _ranks(fractions: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 < fraction < 1 for fraction in fractions):
+        raise ConfigError(f"ranks = {list(fractions)}: give fractions above 0 and below 1")
+    return tuple(sorted(set(fractions), reverse=True))
+
+
 def _ordered(precisions: tuple[Precision, ...]) -> tuple[Precision, ...]:
     if not precisions:
         raise ConfigError('precisions is empty: give at least one, as in ["int8", "fp32"]')
+    if any(precision.rank is not None for precision in precisions):
+        raise ConfigError("precisions have no ranks in a space: give fractions, as in ranks = [0.5, 0.25]")
     return widest_first(set(precisions))
 
 

@@ -94,6 +94,7 @@ def _shares(bench: Workbench, policy: Policy, metric: Metric) -> list[tuple[str,
     """
     graph = bench.traced.graph
     if metric == "size":
+        graph, policy = graph.paired(policy)
         shapes = graph.parameter_shapes(policy)
         left = [layer for layer in graph.layers if layer.weight in shapes]
         bits = {layer.name: policy.precision(layer.name).weight_bits for layer in left}

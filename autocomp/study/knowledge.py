@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.controllers import Factor
-from autocomp.graph import Layer, LayerGraph
+from autocomp.graph import Layer, LayerGraph, elements
 from autocomp.hardware import ENTRY, Kernel, kernels_of
 from autocomp.policy import FP32, Policy, Precision
 from autocomp.space import Decision, PolicySpace
@@ -162,7 +162,7 @@ def shape_terms(terms: Terms, value: Callable[[Layer, int, int, Precision], floa
             }
             weight = graph.parameter_shapes(Policy(kept))[layer.weight] if kept else whole[layer.weight]
             precision = next((t for t in taken.values() if isinstance(t, Precision)), FP32)
-            costs[choices] = value(layer, prod(weight), weight[0], precision)
+            costs[choices] = value(layer, elements(weight, precision.rank), weight[0], precision)
         factors.append(Factor(tuple(depends), costs))
     return tuple(factors)
 

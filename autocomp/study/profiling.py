@@ -8,7 +8,7 @@ from time import monotonic
 
 import numpy as np
 
-from autocomp.engines import by_graph_value, compare, device_lock, estimate
+from autocomp.engines import between_pairs, by_graph_value, compare, device_lock, estimate
 from autocomp.errors import InputError
 from autocomp.graph import LayerGraph
 from autocomp.hardware import (
@@ -177,7 +177,9 @@ def by_layer(
     graph: LayerGraph, policy: Policy, onnx: bytes, found: OperatorTimes, values: Mapping[str, str]
 ) -> dict[str, float]:
     """Layer -> ms of its kernel, and `ENTRY` -> what comes before the first, from the operators' times in a file."""
-    belongs = owners(graph, graph.live(policy))
+    pairs, policy = graph.paired(policy)
+    values = {**values, **between_pairs(graph, pairs, values)}
+    belongs = owners(pairs, pairs.live(policy))
     sums = dict.fromkeys(belongs.values(), 0.0)
     for node, ms in by_graph_value(onnx, found.by_value, values).items():
         sums[belongs[node]] += ms

@@ -149,6 +149,7 @@ def read(path: Path, key: str) -> Sensitivity | None:
 
 def stored_bytes(graph: LayerGraph, policy: Policy) -> int:
     """Bytes of weights and biases, scales not counted: weights at their precision's width, the rest as float32."""
+    graph, policy = graph.paired(policy)
     bits = {layer.weight: policy.precision(layer.name).weight_bits for layer in graph.layers}
     shapes = graph.parameter_shapes(policy)
     return sum(ceil(prod(shape) * bits.get(name, 32) / 8) for name, shape in shapes.items())

@@ -1,7 +1,7 @@
 """A policy's model trained as it is shipped, and judged by its engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from autocomp.config import SearchConfig
 from autocomp.data import Indexed, Splits
 from autocomp.errors import DataError
 from autocomp.outcome import Observer, Phase
-from autocomp.policy import Policy
+from autocomp.policy import FP32, Policy
 from autocomp.study.score import predict
 from autocomp.study.workbench import Workbench
 from autocomp.train import Trainer, Training, TrainingRecipe, Tuned, finetune, learnable, learned
@@ -88,14 +88,17 @@ def trained(course: Course, policy: Policy, until: int | None = None) -> tuple[C
         return course.trainer(training, course.observer)
 
     course.observer(Phase("compress"))
-    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped))
-    start = _calibrated(bench, pruned, {}, policy)
+    ranks = {name: replace(FP32, rank=found.rank) for name, found in policy.precisions.items()}
+    pruned = bench.emitter.finish(Policy(policy.kept, policy.dropped, ranks))
+    _, plain = bench.traced.graph.paired(policy)  # of ``pruned.graph``
+    start = _calibrated(bench, pruned, {}, plain)
     if recipe.quantization == "calibrated" or not start.weights:
         tuned = train(pruned.module)
-        return _calibrated(bench, pruned, tuned.tensors, policy), tuned
+        return replace(_calibrated(bench, pruned, tuned.tensors, plain), policy=policy), tuned
     tuned = train(learnable(start))
     tensors, weights, params = learned(start, tuned.tensors)
-    return quantize_learned(pruned, tensors, policy, weights, params, start.numerics), tuned
+    learnt = quantize_learned(pruned, tensors, plain, weights, params, start.numerics)
+    return replace(learnt, policy=policy), tuned
 
 
 def accuracy_of(bench: Workbench, onnx: bytes) -> float:

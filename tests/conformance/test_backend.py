@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from autocomp.engines import BACKENDS, BackendSpec, by_graph_value, make_backend
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FP32, INT8, Policy, Precision
 from autocomp.protocols import Backend, Engine

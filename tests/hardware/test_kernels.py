@@ -9,8 +9,8 @@ import pytest
 from autocomp.capabilities import Capabilities
 from autocomp.engines import BackendSpec, by_graph_value, make_backend
 from autocomp.engines.attribution import Attribution
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.onnxruntime import OnnxRuntimeBackend
+from autocomp.engines.template import parse
 from autocomp.errors import InputError
 from autocomp.hardware import ENTRY, Kernel, kernels_of, owners
 from autocomp.policy import FP32, INT8, Policy

@@ -12,7 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.errors import InputError
 
 __all__ = ["CalibrationCache", "with_scales"]

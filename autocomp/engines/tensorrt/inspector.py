@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from autocomp.engines.attribution import layer_of
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.errors import EngineError
 
 __all__ = ["EngineLayer", "inspected"]

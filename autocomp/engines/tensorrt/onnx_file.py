@@ -7,8 +7,8 @@ import onnx
 from onnx import TensorProto, numpy_helper
 from onnx.defs import onnx_opset_version
 
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.errors import EngineError
 
 __all__ = ["check_size", "prepare"]

@@ -15,7 +15,7 @@ from autocomp.engines.backends import BackendSpec
 from autocomp.engines.cuda import open_cuda
 from autocomp.engines.cuda.measure import Stopwatch
 from autocomp.engines.cuda.telemetry import Nvml
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FP32, Precision

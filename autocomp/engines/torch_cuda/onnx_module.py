@@ -10,8 +10,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocomp.engines.onnx_graph import parse
 from autocomp.engines.packing import unpacked
+from autocomp.engines.template import parse
 from autocomp.errors import EngineError
 
 __all__ = ["OnnxModule"]

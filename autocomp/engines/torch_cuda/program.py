@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
 
 __all__ = ["exported_program", "torch_function"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from autocomp.engines.onnx_graph import parse
+from autocomp.engines.template import parse
 from autocomp.engines.tensorrt import EngineLayer, inspected, prepare
 from autocomp.engines.tensorrt.backend import NUMERICS
 from autocomp.errors import EngineError
