@@ -188,7 +188,8 @@ class SearchSpace:
                     f"runs {', '.join(_names(capabilities.precisions))}: allow one of these"
                 )
             ranks = () if layer.name in held else self._ranks_of(graph, layer, multiple)
-            pairs = {replace(precision, rank=rank) for precision in runs for rank in ranks}
+            dense = [precision for precision in runs if not precision.sparse]
+            pairs = {replace(precision, rank=rank) for precision in dense for rank in ranks}
             decisions.append(Decision("precision", layer.name, widest_first({*runs, *pairs})))
         # A single option that compresses belongs to every policy; one that does not needs no decision.
         decisions = [d for d in decisions if len(d.options) > 1 or (d.kind == "precision" and d.options != (FP32,))]
