@@ -50,22 +50,28 @@ class _State:
     Attributes:
         weight: (out * pooled, features), updated for what is gone; in units of the output's deviation.
         inverse: of the ridged second moment of the remaining features, (features, features).
-        features: (channels, width), the features of each channel.
+        features: (channels, width), the places of each remaining channel's features.
+        left: (features,), which of these places are of channels that remain.
     """
 
     weight: Tensor
     inverse: Tensor
     features: Tensor
+    left: Tensor
 
     @classmethod
     def of(cls, reader: Reader, ridge: float) -> "_State":
         variance = reader.variance
         inverse = torch.cholesky_inverse(damped_cholesky(reader.gram, max(ridge, 1e-6)))
-        return cls(reader.weight / (variance**0.5 if variance > 0 else 1.0), inverse, reader.features)
+        weight = reader.weight / (variance**0.5 if variance > 0 else 1.0)
+        return cls(weight, inverse, reader.features, torch.ones(len(inverse), dtype=torch.bool))
 
     def errors(self, channels: Tensor) -> Tensor:
         """Growth of the squared output error if each of ``channels`` went next, the rest making up for it."""
         index = self.features[channels]
+        if index.shape[1] == 1:  # blocks of one number: nothing to solve, and no copy of all weights to make
+            only = index.flatten()
+            return self.weight.square().sum(0)[only] / self.inverse.diagonal()[only]
         blocks = self.inverse[index[:, :, None], index[:, None, :]]
         weight = self.weight[:, index].permute(1, 2, 0)
         solved: Tensor = torch.linalg.solve(blocks, weight)
@@ -74,5 +80,10 @@ class _State:
     def remove(self, channels: Tensor) -> None:
         gone = self.features[channels].flatten()
         rows = torch.linalg.solve(self.inverse[gone][:, gone], self.inverse[gone])
-        self.weight = self.weight - self.weight[:, gone] @ rows
-        self.inverse = self.inverse - self.inverse[:, gone] @ rows
+        self.weight.addmm_(self.weight[:, gone], rows, alpha=-1)
+        self.inverse.addmm_(self.inverse[:, gone], rows, alpha=-1)
+        self.left[gone] = False
+        if 2 * int(self.left.sum()) <= len(self.left):  # the larger part is computed for nothing
+            self.weight, self.inverse = self.weight[:, self.left], self.inverse[self.left][:, self.left]
+            self.features = (self.left.cumsum(0) - 1)[self.features]
+            self.left = self.left[self.left]

@@ -13,7 +13,7 @@ from autocomp.graph import Group, Member
 
 __all__ = ["Reader", "readers_of"]
 
-TALL = 4  # rows for each column from which a factor of the inner products is smaller to work with
+TALL = 2  # rows for each column from which a factor of the inner products is smaller to work with
 
 
 @dataclass(frozen=True)
