@@ -22,7 +22,6 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--work", type=Path, help="folder for CIFAR-10; a temporary one by default")
     args = parser.parse_args()
-    found = {}
     with tempfile.TemporaryDirectory() as temporary:
         data = cifar10(args.work or Path(temporary))
         for case in args.case or CASES:
@@ -31,9 +30,9 @@ def main() -> None:
             arguments = ["--model", f"zoo:{model}", "--weights", str(weights), "--data", f"npz:{data}"]
             arguments += ["--budget", budget, "--batch", "32", "--controller", "guided"]
             arguments += ["--trials", str(EVALUATIONS), "--baseline-trials", "0"]
-            found[case] = search(arguments, Path(temporary) / case.replace(":", "-"))
-            describe(f"{model}, --budget {budget}, {EVALUATIONS} trials", found[case])
-    print(f"written: {save('verified', found)}")
+            found = search(arguments, Path(temporary) / case.replace(":", "-"))
+            describe(f"{model}, --budget {budget}, {EVALUATIONS} trials", found)
+            print(f"written: {save('verified', {case: found})}")
 
 
 if __name__ == "__main__":
