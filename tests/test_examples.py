@@ -13,6 +13,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.ssd import SSD
 
 import autocomp
+from autocomp import api
 from autocomp.models import load_model
 from examples import dict_outputs, own_metric, own_model, several_inputs
 from examples.detection import ssdlite
@@ -50,23 +51,29 @@ def test_own_model_data_and_metric_and_a_dict_of_outputs(
     assert set(dict_outputs.model()(images[:1])) == {"features", "logits"}
 
 
-def test_a_model_of_an_image_and_its_exposure(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_and_its_exposure_at_lower_rank_and_trained(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but lower ranks meets the budget."""
     monkeypatch.chdir(root)
-    weights = tmp_path / "own_model.safetensors"
+    weights, space, run = tmp_path / "own_model.safetensors", tmp_path / "space.toml", tmp_path / "run"
     own_model.main(str(weights), epochs=1)
+    space.write_text('precisions = ["int8"]\nranks = [0.5, 0.25]\n')
+    few = {**FEW, "space": str(space), "trials": 6, "controller": "random"}
     found = autocomp.search(
-        "examples.several_inputs:model", "examples.several_inputs:data", "0.8x", weights=str(weights),
-        calibration_images=64, search_images=128, selection_images=128, out=str(tmp_path / "run"),
-        **{**FEW, "space": "default"},
+        "examples.several_inputs:model", "examples.several_inputs:data", "0.7xMACs", weights=str(weights),
+        calibration_images=64, search_images=128, selection_images=128, out=str(run), **few,
     )  # fmt: skip
     test = [inputs for inputs, _ in several_inputs.data()[2]]
     images, exposures = (torch.stack([inputs[name] for inputs in test]) for name in ("image", "exposure"))
     module = load_model("examples.own_model:model", weights, 10, embedded=False).module
-    session = onnxruntime.InferenceSession(tmp_path / "run" / "reference.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(run / "reference.onnx", providers=["CPUExecutionProvider"])
     (outputs,) = session.run(None, {"image": images.numpy(), "exposure": exposures.numpy()})
     with torch.inference_mode():
         np.testing.assert_allclose(outputs, module(images / exposures).numpy(), rtol=1e-3, atol=1e-3)
-    assert found.best is not None
+    assert found.best is not None and any(kind.rank for kind in found.best.policy.precisions.values())
+    trained = api.finetune(run, {"epochs": 1, "lr": 1e-3})
+    assert len(trained.losses) == 1 and (trained.recipe.crop, trained.recipe.flip) == (0, 0.0)
 
 
 class Maps(nn.Module):

@@ -26,7 +26,7 @@ from autocomp.quantization import place
 from autocomp.space import SearchSpace
 from tests.compress.nets import Mixed, images, trained
 
-RECIPE = Recipe(images=64, importance="group_l2")
+RECIPE = Recipe(images=64, importance="group_l2", rounding="nearest")
 
 
 class Case:
@@ -181,6 +181,9 @@ def test_only_a_space_that_asks_for_ranks_has_them(case: Case) -> None:
     taken = found.decode([len(decision.options) - 1 for decision in found.decisions])
     assert found.decode(found.encode(taken)) == taken and found.precisions == (FP32, INT8)
     assert all(policy.precision(name).rank is None for policy in found.uniform() for name in policy.precisions)
+    lowest = found.narrowest(Policy(precisions={"last": INT8}))
+    assert str(lowest.precision("last")) == "int8@2" and lowest.precision("hidden") == FP32 and found.contains(lowest)
+    assert plain.restrict(graph, runs).narrowest(Policy(precisions={"last": INT8})) == Policy(precisions={"last": INT8})
 
 
 def test_ranks_that_save_nothing_are_no_ranks(case: Case) -> None:

@@ -5,6 +5,8 @@ there. Labels of a value have its shape and are expanded (stride 0) along the ax
 following a whole map costs as much as following one of its pixels.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -82,15 +84,26 @@ class Channels:
             self._reasons.append((labels, reason))
             self.unite(labels, torch.zeros(1, dtype=torch.int64))
 
-    def reason(self, labels: Tensor) -> str | None:
-        """The first reason that was given for one of these labels, else for one of the same class; None without."""
-        for exact in (True, False):
-            own = labels if exact else self.classes(labels)
-            for given, reason in self._reasons:
-                found = given if exact else self._roots[given]
-                if (exact or reason) and bool(torch.isin(core_of(own), found[found != 0]).any()):
-                    return reason
-        return None
+    def reasons(self, several: Sequence[Tensor]) -> list[str | None]:
+        """For each of some labels the first reason that was given for one of them, else for one of the same class; None
+        without."""
+        self._settle()
+        none = len(self._reasons)
+        own = torch.full_like(self._roots, none)  # label -> number of its first reason
+        of_class = own.clone()  # class -> number of its first reason in words
+        for number, (given, reason) in reversed([*enumerate(self._reasons)]):
+            own[given] = number
+            if reason:
+                of_class[self._roots[given]] = number
+        own[0] = of_class[0] = none
+        found = []
+        for labels in several:
+            core = core_of(labels)
+            number = int(own[core].min())
+            if number == none:
+                number = int(of_class[self._roots[core]].min())
+            found.append(None if number == none else self._reasons[number][1])
+        return found
 
     def count(self) -> int:
         """How many classes there are."""

@@ -122,13 +122,17 @@ def _groups(axes: Mapping[tuple[str, int], NDArray[np.int64]], layers: Sequence[
 def _whole(followed: Followed, layers: Sequence[Layer], groups: Sequence[Group]) -> dict[str, str]:
     """Layers without a group of their channels -> why; the logits need no reason."""
     written = {member.parameter for group in groups for member in group.members if member.axis == 0}
-    found = {}
-    for layer in layers:
-        if layer.weight not in written and (layer.weight, 0) in followed.axes and layer.weight_shape[0] > 1:
-            reason = followed.channels.reason(followed.axes[layer.weight, 0])
-            if reason != "":
-                found[layer.name] = reason or "its channels are tied to others that stay"
-    return found
+    left = [
+        layer
+        for layer in layers
+        if layer.weight not in written and (layer.weight, 0) in followed.axes and layer.weight_shape[0] > 1
+    ]
+    reasons = followed.channels.reasons([followed.axes[layer.weight, 0] for layer in left])
+    return {
+        layer.name: reason or "its channels are tied to others that stay"
+        for layer, reason in zip(left, reasons, strict=True)
+        if reason != ""
+    }
 
 
 def admit(candidates: Sequence[T], fits: Callable[[Sequence[T]], bool]) -> tuple[T, ...]:

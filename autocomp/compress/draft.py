@@ -124,5 +124,5 @@ def is_known(value: Any) -> bool:
 
 
 def _frozen(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().clone().contiguous()
+    tensor = tensor.detach().contiguous()  # not copied: the model is the trace's own
     return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor

@@ -64,9 +64,9 @@ def export(model: nn.Module, example: Tensor | Mapping[str, Tensor]) -> fx.Graph
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers, as bytes: two of them compare bit by bit."""
+    """All parameters and buffers as bytes, which compare bit by bit; not copied where they are contiguous."""
     tensors = (*model.named_parameters(), *model.named_buffers())
-    return {name: value.detach().clone().reshape(-1).view(torch.uint8) for name, value in tensors}
+    return {name: value.detach().reshape(-1).view(torch.uint8) for name, value in tensors}
 
 
 def unused(model: nn.Module, exported: fx.GraphModule) -> tuple[str, ...]:

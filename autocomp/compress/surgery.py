@@ -93,14 +93,16 @@ def rebuild(
 
 def masked(graph: LayerGraph, tensors: Mapping[str, Tensor], groups: Sequence[Group], kept: Kept) -> dict[str, Tensor]:
     """The unpruned tensors with everything that belongs to removed channels set to zero."""
-    result = dict(tensors)
+    copies: dict[str, Tensor] = {}
     for group in groups:
         gone = np.setdiff1d(np.arange(group.channels), np.asarray(kept[group.name], dtype=np.int64))
         for member in group.members:
             if member.parameter.rpartition(".")[2] in ("weight", "bias"):
                 index = torch.from_numpy(np.asarray(member.positions, dtype=np.int64)[gone].ravel())
-                result[member.parameter] = result[member.parameter].index_fill(member.axis, index, 0.0)
-    return result
+                if member.parameter not in copies:
+                    copies[member.parameter] = tensors[member.parameter].clone()
+                copies[member.parameter].index_fill_(member.axis, index, 0.0)
+    return {**tensors, **copies}
 
 
 def batches(images: Tensor, size: int) -> Iterator[Tensor]:

@@ -114,7 +114,7 @@ def _prepared(model: nn.Module, example: Images) -> tuple[nn.Module, Images, Ten
     shapes = tuple(example.shape) if isinstance(example, Tensor) else {n: tuple(x.shape) for n, x in example.items()}
     try:
         own = copy.deepcopy(model).to("cpu", torch.float32).eval().requires_grad_(False)
-        before = state_of(own)
+        before = {name: value.clone() for name, value in state_of(own).items()}
         with torch.no_grad():
             outputs = called(own, example)
     except Exception as error:  # the user's code runs here: anything can come out of it

@@ -51,7 +51,9 @@ def warm_start(space: PolicySpace, limit: int, cheapest: Sequence[str] = ()) -> 
         for count in range(1, 1 + min(SHORTENED, len(cheapest)))
         for policy in dict.fromkeys((unpruned, middle))
     ]
-    policies = chain((Policy(), unpruned), ladder[: len(spans)], without, shortened, ladder[len(spans) :])
+    policies = chain(
+        (Policy(), unpruned, space.narrowest(unpruned)), ladder[: len(spans)], without, shortened, ladder[len(spans) :]
+    )
     return tuple(islice(dict.fromkeys(policy for policy in policies if space.contains(policy)), limit))
 
 

@@ -153,6 +153,16 @@ class PolicySpace:
             indices.append(index)
         return self.decode(indices)
 
+    def narrowest(self, policy: Policy) -> Policy:
+        """The policy with every layer at the lowest rank that it may have in its precision."""
+        lowest = dict(policy.precisions)
+        for decision in self.decisions:
+            own = policy.precision(decision.name).arithmetic
+            found = [o for o in decision.options if isinstance(o, Precision) and o.arithmetic == own]
+            if found:
+                lowest[decision.name] = found[-1]
+        return self.graph.normalise(Policy(policy.kept, policy.dropped, lowest))
+
     def uniform(self) -> tuple[Policy, ...]:
         """Every policy with one kept ratio for all groups and one precision for all layers, no branch dropped,
         from the least to the most compressed (see `work`). Groups and layers that cannot follow come nearest."""

@@ -30,13 +30,15 @@ SLACK = 1.05
 
 
 def _extremes(bench: Workbench) -> list[Policy]:
-    """Policies likely to be fastest, most compressed first: every uniform one, with all branches and with none."""
+    """Policies likely to be fastest, most compressed first: every uniform one, with all branches and with none, at the
+    lowest ranks and at full ones."""
     every = frozenset(bench.traced.graph.branch_by_name)
     policies = [
         bench.traced.graph.normalise(Policy(policy.kept, dropped, policy.precisions))
         for policy in reversed(bench.space.uniform())
         for dropped in (frozenset[str](), every)
     ]
+    policies = [*map(bench.space.narrowest, policies), *policies]
     return [policy for policy in dict.fromkeys(policies) if bench.space.contains(policy)]
 
 
