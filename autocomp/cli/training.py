@@ -50,6 +50,8 @@ def finetune(
     attention: Annotated[float | None, typer.Option(help="weight of where the uncompressed model looks [0]")] = None,
     mixup: Annotated[float | None, typer.Option(help="mix images, shares drawn from Beta of this [0: not]")] = None,
     randaugment: Annotated[int | None, typer.Option(help="magnitude of random changes, to 30 [0: none]")] = None,
+    device: Annotated[Text, typer.Option(help="cpu or cuda [cpu]")] = None,
+    precision: Annotated[Text, typer.Option(help="of a GPU: fp32, bf16 or fp16 [fp32]")] = None,
     finalists: Annotated[int | None, typer.Option(min=1, help="policies that begin; one goes on [3]")] = None,
     address: Address = None,
     json: AsJson = None,

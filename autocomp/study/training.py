@@ -13,7 +13,7 @@ from autocomp.outcome import Observer, Phase
 from autocomp.policy import FP32, Policy
 from autocomp.study.score import predict
 from autocomp.study.workbench import Workbench
-from autocomp.train import Trainer, Training, TrainingRecipe, Tuned, finetune, learnable, learned
+from autocomp.train import Trainer, Training, TrainingRecipe, Tuned, device_of, finetune, learnable, learned
 
 __all__ = ["Course", "accuracy_of", "checkpoint_of", "recipe_of", "trained", "training_images"]
 
@@ -43,10 +43,12 @@ def recipe_of(config: SearchConfig, settings: Mapping[str, Any]) -> TrainingReci
     """The recipe for a run: the settings given, its seed, and no mirrored digits.
 
     Raises:
-        ConfigError: a setting is unknown or out of range.
+        ConfigError: a setting is unknown or out of range, or its device is not here.
     """
     flip = 0.0 if config.data == "digits" else 0.5
-    return TrainingRecipe.from_json({"seed": config.seed, "flip": flip, **settings})
+    recipe = TrainingRecipe.from_json({"seed": config.seed, "flip": flip, **settings})
+    device_of(recipe)
+    return recipe
 
 
 def training_images(splits: Splits) -> Indexed:

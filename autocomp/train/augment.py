@@ -1,6 +1,7 @@
 """Random changes of training images: crops, flips, RandAugment and mixup."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -30,6 +31,11 @@ class Batch:
     indices: NDArray[np.int64]
     others: Tensor
     share: float = 1.0
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        images, labels, others = (tensor.to(device) for tensor in (self.images, self.labels, self.others))
+        return replace(self, images=images, labels=labels, others=others)
 
 
 def augmented(images: Tensor, crop: int, flip: float, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,7 @@
 import io
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class State:
         step: steps done.
         weights, average: parameter -> tensor.
         optimizer: its own state.
+        scaler: of the loss, where it is scaled.
         losses: mean of each finished epoch, and sum and steps of the one under way.
     """
 
@@ -34,6 +35,7 @@ class State:
     average: Mapping[str, Tensor]
     optimizer: Mapping[str, Any]
     losses: tuple[tuple[float, ...], float, int]
+    scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(state: State, path: Path) -> None:
@@ -52,7 +54,7 @@ def load(path: Path, key: str) -> State | None:
     if not path.exists():
         return None
     try:
-        state = State(**torch.load(path, weights_only=True))
+        state = State(**torch.load(path, weights_only=True, map_location="cpu"))
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
         raise RunError(f"{path} is no checkpoint of training: remove it to begin again") from error
     return state if state.key == key else None

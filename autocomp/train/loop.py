@@ -12,7 +12,7 @@ from torch import nn
 from autocomp.data import Indexed
 from autocomp.data.preprocess import Preprocess
 from autocomp.data.splits import hash_arrays, permutation
-from autocomp.errors import CompressError, DataError
+from autocomp.errors import CompressError, ConfigError, DataError
 from autocomp.outcome import EpochDone, Observer, Phase, Step
 from autocomp.policy import digest_of
 from autocomp.train.augment import Batch, augmented, mixed, randomised
@@ -22,12 +22,13 @@ from autocomp.train.recipe import TrainingRecipe
 from autocomp.train.sparse import filters_of, soften
 from autocomp.train.training import Training, Tuned
 
-__all__ = ["finetune"]
+__all__ = ["device_of", "finetune"]
 
 KEEP_EVERY = 100
 """Steps between checkpoints, beside those after each epoch."""
 STATISTICS = ("running_mean", "running_var")
 """Last names of tensors that no gradient reaches."""
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ORDER, AUGMENTATION, RANDAUGMENT, MIXUP = range(4)
 """Streams of random numbers."""
 
@@ -43,13 +44,16 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         DataError: there are no images, or a label is outside of the head.
         ModelError: the teacher's logits are of another shape.
         CompressError: the loss or its gradient is not finite; the last good checkpoint stays.
+        ConfigError: the device is not here.
     """
     images, recipe, checkpoint = training.images, training.recipe, training.checkpoint
     if len(images) == 0:
         raise DataError("there are no training images: give some, or leave fine-tuning out")
-    student = _trainable(training.module)
+    device = device_of(recipe)
+    student = _trainable(training.module).to(device)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     optimizer = _optimizer(weights, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     per_epoch = ceil(len(images) / recipe.batch)
     steps = recipe.epochs * per_epoch
@@ -61,8 +65,9 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         with torch.no_grad():
             for name, weight in weights.items():
                 weight.copy_(state.weights[name])
-        average = {name: tensor.clone() for name, tensor in state.average.items()}
+        average = {name: tensor.to(device, copy=True) for name, tensor in state.average.items()}
         optimizer.load_state_dict(dict(state.optimizer))
+        scaler.load_state_dict(dict(state.scaler))
         done, losses, sum_, count = state.step, list(state.losses[0]), *state.losses[1:]
     observer(Phase("finetune", end - done))
     filters = [name for name in filters_of(student) if name in weights]
@@ -70,17 +75,20 @@ def finetune(training: Training, observer: Observer) -> Tuned:
     for step, batch in enumerate(_batches(images, recipe, done, end), done):
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr_at(step, steps)
-        loss = loss_of(batch)
+        with torch.autocast(device.type, HALVES.get(recipe.precision), enabled=recipe.precision in HALVES):
+            loss = loss_of(batch.to(device))
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        torch.autograd.backward(scaler.scale(loss))
+        scaler.unscale_(optimizer)
         norm = float(nn.utils.clip_grad_norm_(weights.values(), recipe.clip))
-        if not isfinite(loss.item()) or not isfinite(norm):
+        if not isfinite(loss.item()) or not (isfinite(norm) or scaler.is_enabled()):  # which skips a step instead
             kept = f"; the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else ""
             raise CompressError(
                 f"training diverged: the loss is {loss.item():g} and its gradient {norm:g} at step {step + 1} of "
                 f"{steps}: try a lower --lr than {recipe.lr:g}{kept}"
             )
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         decay = min(recipe.ema, (1 + step) / (10 + step)) if recipe.ema else 0.0
         with torch.no_grad():
             for name, weight in weights.items():
@@ -95,10 +103,18 @@ def finetune(training: Training, observer: Observer) -> Tuned:
                 soften([tensors[name] for name in filters], recipe.soft_pruning)
         if checkpoint is not None and (ended or (step + 1) % KEEP_EVERY == 0):
             now = {name: weight.detach() for name, weight in weights.items()}
-            save(State(key, step + 1, now, average, optimizer.state_dict(), (tuple(losses), sum_, count)), checkpoint)
+            so_far = tuple(losses), sum_, count
+            save(State(key, step + 1, now, average, optimizer.state_dict(), so_far, scaler.state_dict()), checkpoint)
         if ended:
             observer(EpochDone(len(losses), losses[-1]))
-    return Tuned({name: tensor.numpy() for name, tensor in average.items()}, tuple(losses), recipe)
+    return Tuned({name: tensor.cpu().numpy() for name, tensor in average.items()}, tuple(losses), recipe)
+
+
+def device_of(recipe: TrainingRecipe) -> torch.device:
+    """Where a recipe trains. Raises: ConfigError if that is not here."""
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("there is no CUDA device here: leave --device out to train on the processor")
+    return torch.device(recipe.device)
 
 
 def _trainable(module: nn.Module) -> nn.Module:

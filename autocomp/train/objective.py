@@ -1,5 +1,6 @@
 """What training minimises: errors on labels, and distance from what the uncompressed model says and looks at."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -42,10 +43,12 @@ def _learnt(student: nn.Module, teacher: nn.Module | None, images: Indexed, reci
     """From labels and teacher."""
     if teacher is None or recipe.distillation == recipe.attention == 0:
         return lambda batch: _loss(student(batch.images), batch, None, recipe)
+    if recipe.device != "cpu":
+        teacher = copy.deepcopy(teacher).to(recipe.device)
     if recipe.attention == 0:
         ask = _answers(teacher, images, recipe)
         return lambda batch: _loss(student(batch.images), batch, ask(batch.images, batch.indices), recipe)
-    names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1)))
+    names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1, recipe.device)))
     own, theirs = tapped(student, names), tapped(teacher, names)
 
     def watched(batch: Batch) -> Tensor:
@@ -102,7 +105,7 @@ def _answers(
     @cache
     def table() -> Tensor | None:
         parts: list[Tensor] = []
-        for pixels in _pixels(images, recipe.batch):
+        for pixels in _pixels(images, recipe.batch, recipe.device):
             parts.append(_logits(teacher, pixels))
             if parts[0][0].numel() * parts[0].element_size() * len(images) > CACHE_BYTES:
                 return None
@@ -115,8 +118,8 @@ def _answers(
     return ask
 
 
-def _pixels(images: Split, size: int) -> Iterator[Tensor]:
-    return (torch.from_numpy(pixels) for pixels, _ in images.batches(size))
+def _pixels(images: Split, size: int, device: str) -> Iterator[Tensor]:
+    return (torch.from_numpy(pixels).to(device) for pixels, _ in images.batches(size))
 
 
 def _logits(teacher: nn.Module, pixels: Tensor) -> Tensor:

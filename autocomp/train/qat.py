@@ -126,7 +126,7 @@ def rounded(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         step: one for all, or (n,).
         low, high: codes.
     """
-    found: Tensor = _Rounded.apply(value, _positive(step), low, high)
+    found: Tensor = _Rounded.apply(value.to(step.dtype), _positive(step), low, high)  # not in half precision
     return found
 
 

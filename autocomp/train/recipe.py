@@ -13,6 +13,11 @@ __all__ = ["TrainingRecipe"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["cosine", "one_cycle"]
 Quantization = Literal["learned", "calibrated"]
+Device = Literal["cpu", "cuda"]
+Mixed = Literal["fp32", "bf16", "fp16"]
+CHOICES: Mapping[str, Any] = {
+    "optimizer": Optimizer, "schedule": Schedule, "quantization": Quantization, "device": Device, "precision": Mixed,
+}  # fmt: skip
 START = 0.04
 """One-cycle begins at this fraction of the peak (Smith and Topin, arXiv:1708.07120, as fastai and PyTorch have it)."""
 
@@ -22,7 +27,8 @@ MAGNITUDES = 30
 
 @dataclass(frozen=True, slots=True)
 class TrainingRecipe:
-    """Everything that training depends on beside model and images; equal recipes give equal weights on one machine.
+    """Everything that training depends on beside model and images; equal recipes give equal weights on one processor;
+    a GPU adds in whatever order is fastest.
 
     Attributes:
         epochs: over the training images.
@@ -47,6 +53,9 @@ class TrainingRecipe:
         randaugment: magnitude of two random changes of each image, from 1 to 30; 0 for none.
         slimming: weight of the magnitudes of all batch norms' factors in the loss; 0 for none.
         soft_pruning: part of each convolution's filters, those of least norm, set to zero after each epoch.
+        device: ``cpu`` or ``cuda``.
+        precision: of a GPU's multiplications: ``fp32``, or ``bf16`` or ``fp16`` where that is safe, weights and sums
+            staying ``fp32`` (Micikevicius et al., arXiv:1710.03740); ``fp16`` scales the loss.
         quantization: of a policy's integer layers: ``learned`` trains their weights as codes, with all scales;
             ``calibrated`` trains in float and calibrates afterwards.
         seed: of the images' order and their augmentation.
@@ -72,6 +81,8 @@ class TrainingRecipe:
     randaugment: int = 0
     slimming: float = 0.0
     soft_pruning: float = 0.0
+    device: Device = "cpu"
+    precision: Mixed = "fp32"
     quantization: Quantization = "learned"
     seed: int = 0
 
@@ -93,9 +104,11 @@ class TrainingRecipe:
                 raise ConfigError(f"{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
         if self.randaugment > MAGNITUDES:
             raise ConfigError(f"randaugment must be at most {MAGNITUDES}, not {self.randaugment}")
-        for name, known in (("optimizer", Optimizer), ("schedule", Schedule), ("quantization", Quantization)):
+        for name, known in CHOICES.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(get_args(known))}")
+        if self.precision != "fp32" and self.device == "cpu":
+            raise ConfigError(f"precision {self.precision} is for GPUs: give --device cuda with it, or leave it out")
 
     def lr_at(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0, of ``steps``."""

@@ -17,11 +17,12 @@ from autocomp.config import SearchConfig
 from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.errors import ConfigError, DataError, InputError, RunError
-from autocomp.outcome import Phase, Step
+from autocomp.outcome import Note, Phase, Step
 from autocomp.study import front
 from autocomp.study.conduct import Interrupted
 from autocomp.study.run import Run
 from autocomp.study.verify import Verdict
+from autocomp.train import TrainingRecipe
 from tests.study import tiny
 
 GENTLE = {"epochs": 6, "lr": 0.05, "flip": 0.0, "crop": 0, "distillation": 0.1}
@@ -154,6 +155,30 @@ def test_a_front_goes_on_with_the_training_that_was_stopped(
     (entry,) = [entry for entry in Run.entries_of(tmp_path / "front" / "0.9x") if entry["kind"] == "finetune"]
     assert point.result is not None and ("fine-tuned" in " ".join(point.result.notes)) == (entry["reason"] is None)
     assert api.load_result(tmp_path / "front" / "0.9x").best == point.result.best
+
+
+def test_a_search_whose_training_diverges_stays_whole(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["finetune_epochs"] = 1
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(run)
+    monkeypatch.setattr(searching, "recipe_of", lambda config, settings: TrainingRecipe(epochs=1, lr=1e38))
+    events: list[Any] = []
+    assert api.resume(run, events.append) == api.load_result(run)
+    (said,) = [event.text for event in events if isinstance(event, Note)]
+    assert "not fine-tuned: training diverged" in said and "at step 2 of 5: try a lower --lr" in said
+    (entry,) = [entry for entry in Run.entries_of(run) if entry["kind"] == "finetune"]
+    assert entry["reason"] in said and contents(run) == before
+    api.resume(run, events.append)  # is not tried again
+    assert len([event for event in events if isinstance(event, Note)]) == 1
+
+
+def test_what_is_right_everywhere_is_not_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autocomp.study.finetune.accuracy_of", lambda bench, onnx: 1.0)
+    before, events = contents(run), list[Any]()
+    found = api.finetune(run, GENTLE, events.append, finalists=3)
+    assert not found.replaced and "right on every image" in (found.reason or "") and found.losses == ()
+    assert contents(run) == before and not any(isinstance(event, Step) for event in events)
 
 
 def without_training(prepare: Any) -> Any:

@@ -369,6 +369,8 @@ def test_bad_input_is_refused() -> None:
         ({"crop": -1}, "crop must not be negative"),
         ({"mixup": -0.1}, "mixup must not be negative"),
         ({"randaugment": 31}, "randaugment must be at most 30"),
+        ({"precision": "bf16"}, "precision bf16 is for GPUs: give --device cuda"),
+        ({"device": "tpu"}, "unknown device 'tpu': use cpu or cuda"),
         ({"optimizer": "lion"}, "unknown optimizer 'lion': use sgd or adamw"),
         ({"schedule": "steps"}, "unknown schedule 'steps': use cosine or one_cycle"),
         ({"quantization": "none"}, "unknown quantization 'none': use learned or calibrated"),
@@ -407,3 +409,21 @@ def test_an_order_is_a_split_of_its_own() -> None:
     ((usual, known),) = images.batches(len(images))
     assert np.array_equal(pixels, usual[order]) and np.array_equal(labels, known[order])
     assert images.take(order).digest != images.digest
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no CUDA device here: leave --device out"):
+        train(replace(RECIPE, device="cuda"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("precision", "error"), [("fp32", 1e-3), ("bf16", 0.05), ("fp16", 0.02)])
+def test_a_gpu_learns_what_a_processor_does(precision: Any, error: float, tmp_path: Path) -> None:
+    expected = train(RECIPE, teacher=net(seed=1))
+    recipe = replace(RECIPE, device="cuda", precision=precision)
+    with pytest.raises(StopError):
+        train(recipe, teacher=net(seed=1), checkpoint=tmp_path / "state", observer=stopping(7))
+    found = train(recipe, teacher=net(seed=1), checkpoint=tmp_path / "state")
+    assert found.losses == pytest.approx(expected.losses, rel=error)
+    assert found.tensors["0.weight"].shape == (6, 3, 3, 3)

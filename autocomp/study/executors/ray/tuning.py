@@ -73,7 +73,7 @@ def finetune_on_ray(training: Training, observer: Observer) -> Tuned:
     observer(Phase("finetune"))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # a stop is the user's: it must not look like an end
     tuner = tune.Tuner(
-        tune.with_resources(tune.with_parameters(_train, job=job), {"cpu": 1}),
+        tune.with_resources(tune.with_parameters(_train, job=job), {"cpu": 1, "gpu": int(recipe.device == "cuda")}),
         param_space={"lr": tune.grid_search([rate * recipe.lr for rate in RATES])},
         tune_config=tune.TuneConfig(
             metric="loss",
