@@ -18,7 +18,8 @@ from autocomp.study.run import read_manifest
 
 SETTINGS: dict[str, Any] = {
     "model": "tests.tiny:model", "data": "tests.tiny:data", "engine": "simulated", "batch": 8, "trials": 6,
-    "baseline_trials": 2, "finalists": 1, "calibration_images": 64, "search_images": 100, "selection_images": 100,
+    "baseline_trials": 2, "finalists": 1, "controller": "guided",
+    "calibration_images": 64, "search_images": 100, "selection_images": 100,
 }  # fmt: skip
 DEVICE = DESCRIPTIONS["simulated"]
 
