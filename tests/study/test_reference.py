@@ -47,6 +47,12 @@ def test_everything_is_relative_to_the_reference(run: SearchResult) -> None:
             assert trial.ratio == pytest.approx(1) and trial.score.divergence == 0
 
 
+def test_a_guided_search_reckons_with_it(run: SearchResult) -> None:
+    """Times of a simulated device are as predicted, so every proposal keeps what is reckoned in the right unit."""
+    proposed = [trial for trial in run.front if trial.role == "search"]
+    assert len(proposed) == SETTINGS["trials"] and all(trial.feasible for trial in proposed)
+
+
 def test_its_precision_is_named_wherever_the_result_is(run: SearchResult) -> None:
     stored, manifest = (json.loads((run.run / name).read_text()) for name in ("result.json", "manifest.json"))
     assert stored["reference_precision"] == "int8" and manifest["digests"]["reference"] == "int8"
