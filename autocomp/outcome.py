@@ -39,7 +39,7 @@ ROLES = ("reference", "best", "uniform", "random")
 class Phase:
     """A part of the run begins: ``trace``, ``statistics``, ``reference``, ``floor``, ``sensitivity``, ``search``,
     ``uniform``, ``random``, ``selection``, ``verify``, ``trust``, ``test``, ``compress``,
-    ``finetune``. ``total`` counts its steps where known."""
+    ``finetune``, ``score``, ``bisect``. ``total`` counts its steps where known."""
 
     name: str
     total: int | None = None

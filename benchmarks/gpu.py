@@ -28,14 +28,15 @@ import torchvision
 
 from autocomp.compress import export_onnx, trace
 from autocomp.compress.arrays import arrays_of
+from autocomp.compress.sparsity import sparse_weights
 from autocomp.compress.surgery import tensors_of
 from autocomp.engines import BackendSpec, Template, compare, emit, estimate, load_template, make_backend, measure_fresh
 from autocomp.engines.doctor import diagnose
 from autocomp.errors import AutocompError
 from autocomp.graph import LayerGraph
-from autocomp.policy import FP32, INT8, Policy, Precision
+from autocomp.policy import FP8, INT8, Policy, Precision
 from autocomp.protocols import Backend
-from autocomp.quantization import QuantParams, place, quantize_weights
+from autocomp.quantization import QuantParams, fp8_key, place, quantize_weights
 from autocomp.results import TimingProtocol
 from benchmarks.common import cifar10, machine, shared, show
 
@@ -43,6 +44,7 @@ ENGINES = ("tensorrt", "tensorrt-rtx", "torch-cuda")
 NETWORKS = ("resnet50", "resnet101", "resnet18", "mobilenet_v2")
 BATCHES = (8, 1, 32)
 FP16, BF16 = Precision("fp16", "fp16"), Precision("bf16", "bf16")
+SPARSE = (replace(FP16, sparse=True), replace(INT8, sparse=True))
 PROTOCOL = TimingProtocol(warmup_ms=200, blocks=7, block_ms=100)
 FRESH = TimingProtocol(warmup_ms=200, blocks=5, block_ms=100, builds=3)
 GOALS = (  # network, batch, what, least speedup over fp32 without TF32
@@ -74,7 +76,10 @@ class Network:
         kept = {name: array for name, array in self.tensors.items() if name in shapes}
         tensors = {name: array[tuple(map(slice, shapes[name]))] for name, array in kept.items()}
         middle = 0 if numerics.signed_activations else 128 * numerics.symmetric_activations
-        params = {value: QuantParams(0.05, middle) for value in place(graph, policy).values}
+        plan = place(graph, policy)
+        params = {value: QuantParams(0.05, middle) for value in plan.values}
+        params |= {fp8_key(value): QuantParams(0.05, 0) for value in plan.fp8.values()}
+        tensors |= sparse_weights(graph, policy, tensors)
         weights = quantize_weights(graph, policy, tensors, numerics)
         return emit(self.template, policy, tensors, weights, params, numerics)
 
@@ -90,9 +95,11 @@ def variants(graph: LayerGraph, backend: Backend) -> dict[str, tuple[Policy, boo
     known = backend.capabilities().precisions
     half = Policy({group.name: max(group.channels // 2, 1) for group in graph.groups})
     found = {"fp32, tf32": (Policy(), True), "fp32, half the channels": (half, False)}
-    for kind in (FP16, BF16, INT8):
-        if kind in known and kind != FP32:
-            found[str(kind)] = (Policy(precisions={layer.name: kind for layer in graph.layers}), False)
+    for kind in (FP16, BF16, INT8, FP8, *SPARSE):
+        if kind in known:
+            dense = replace(kind, sparse=False)
+            kinds = {layer.name: kind if layer.reads_fours else dense for layer in graph.layers}
+            found[str(kind)] = (Policy(precisions=kinds), False)
     return found
 
 

@@ -105,7 +105,7 @@ def ranked(case: Case, kind: Precision, share: float = 0.6) -> Policy:
     graph = case.traced.graph
     kept = {group.name: group.channels // 2 for group in graph.groups[::2]}
     ranks = {layer.name: int(share * graph.most_rank(layer.name)) for layer in graph.layers}
-    kinds = {name: Precision(kind.weight, kind.activation, rank or None) for name, rank in ranks.items()}
+    kinds = {name: Precision(kind.weight, kind.activation, rank=rank or None) for name, rank in ranks.items()}
     return graph.normalise(Policy(kept, frozenset(), kinds))
 
 
@@ -193,12 +193,12 @@ def test_ranks_that_save_nothing_are_no_ranks(case: Case) -> None:
     depthwise = next(layer.name for layer in graph.layers if layer.depthwise)
     with pytest.raises(InputError, match="give at most 0"):
         graph.validate(Policy(precisions={depthwise: Precision(rank=1)}))
-    policy = Policy({"last": 2}, frozenset(), {"last": Precision("int8", "int8", 2)})
+    policy = Policy({"last": 2}, frozenset(), {"last": Precision("int8", "int8", rank=2)})
     assert graph.normalise(policy) == Policy({"last": 2}, frozenset(), {"last": INT8})
     for text, words in (("fp32@x", "has no rank"), ("int8@0", "leaves nothing"), ("fp7@3", "is unknown")):
         with pytest.raises(InputError, match=words):
             Precision.parse(text)
-    assert Precision.parse("w4a8@16") == Precision("int4", "int8", 16) and str(Precision(rank=3)) == "fp32@3"
+    assert Precision.parse("w4a8@16") == Precision("int4", "int8", rank=16) and str(Precision(rank=3)) == "fp32@3"
     assert Policy.from_json(policy.to_json()) == policy
     with pytest.raises(ConfigError, match="above 0 and below 1"):
         SearchSpace("s", ranks=(1.0,))

@@ -56,16 +56,18 @@ class Attribution:
             written.update(dict.fromkeys(kernel.output, value))
         return found
 
-    def of_names(self, names: Iterable[str]) -> dict[str, str]:
-        """The same for kernels of which only names are known, made of the names of the operators they were fused
-        from; those that name none count to what ran before them.
+    def of_names(self, names: Iterable[str], fused: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """The same for kernels of which names are known, and what they were fused from; those that were fused from
+        none of the file's operators count to what ran before them.
 
         Args:
             names: in the order they run in.
+            fused: name -> names of operators, where the runtime tells; else they are looked for in the name itself.
         """
         found, last = {}, self._inputs[0]
         for name in names:
-            parts = [part for part in re.split(r"[^\w.:/-]+", name) if part in self._by_name]
+            told = fused[name] if name in fused else re.split(r"[^\w.:/-]+", name)
+            parts = [part for part in told if part in self._by_name]
             if parts:
                 last = str(self._by_name[parts[0]].output[0])
             found[name] = last

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 from safetensors.numpy import save as save_tensors
 
 from autocomp.compress import Compressed
-from autocomp.errors import InputError
+from autocomp.errors import EngineError, InputError
 from autocomp.outcome import SearchResult
 from autocomp.policy import Policy, Recipe
 from autocomp.results import TrialResult
@@ -149,8 +150,9 @@ def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[Tri
         write_model(bench, bench.emitter.finish(result.best.policy), run.folder)
         inspect: Callable[[bytes], Sequence[Any]] | None = getattr(bench.backend, "layers", None)
         if inspect is not None:
-            made = inspect((run.folder / "model.onnx").read_bytes())
-            run.write("layers.json", json.dumps([layer.to_json() for layer in made], indent=2))
+            with suppress(EngineError):  # a finished search does not fail because its engine cannot be described
+                made = inspect((run.folder / "model.onnx").read_bytes())
+                run.write("layers.json", json.dumps([layer.to_json() for layer in made], indent=2))
     write_table(run, results)
     run.write("result.json", json.dumps(result.to_json(), indent=2))
 

@@ -41,7 +41,12 @@ def test_files_of_tensorrt_are_symmetric(made: gpu.Network) -> None:
     pytest.importorskip("tensorrt_rtx_bindings", reason="not installed: pip install 'autocomp[tensorrt-rtx]'")
     backend = make_backend(BackendSpec("tensorrt-rtx", batch=2, hardware="sm89"))
     assert backend.capabilities().numerics == NUMERICS
-    half, _ = gpu.variants(made.graph, backend)["fp32, half the channels"]
+    variants = gpu.variants(made.graph, backend)
+    assert {"fp16", "bf16", "int8", "fp8", "fp16-2:4", "int8-2:4"} <= variants.keys()
+    for name in ("fp8", "int8-2:4"):
+        with backend.build(made.file(variants[name][0], backend)):
+            pass
+    half, _ = variants["fp32, half the channels"]
     policy = Policy(half.kept, precisions={layer.name: INT8 for layer in made.graph.layers})
     with backend.build(made.file(policy, backend)):
         pass

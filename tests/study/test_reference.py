@@ -18,7 +18,8 @@ from autocomp.study.run import read_manifest
 
 SETTINGS: dict[str, Any] = {
     "model": "tests.tiny:model", "data": "tests.tiny:data", "engine": "simulated", "batch": 8, "trials": 6,
-    "baseline_trials": 2, "finalists": 1, "calibration_images": 64, "search_images": 100, "selection_images": 100,
+    "baseline_trials": 2, "finalists": 1, "controller": "guided",
+    "calibration_images": 64, "search_images": 100, "selection_images": 100,
 }  # fmt: skip
 DEVICE = DESCRIPTIONS["simulated"]
 
@@ -44,6 +45,12 @@ def test_everything_is_relative_to_the_reference(run: SearchResult) -> None:
     for trial in run.front:
         if trial.score is not None and trial.policy == run.reference.policy:
             assert trial.ratio == pytest.approx(1) and trial.score.divergence == 0
+
+
+def test_a_guided_search_reckons_with_it(run: SearchResult) -> None:
+    """Times of a simulated device are as predicted, so every proposal keeps what is reckoned in the right unit."""
+    proposed = [trial for trial in run.front if trial.role == "search"]
+    assert len(proposed) == SETTINGS["trials"] and all(trial.feasible for trial in proposed)
 
 
 def test_its_precision_is_named_wherever_the_result_is(run: SearchResult) -> None:

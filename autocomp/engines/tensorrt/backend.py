@@ -84,7 +84,8 @@ class TensorRtBackend:
         file = self._prepared(onnx)
         with self._detailed(file) as engine:
             layers, run_ms = engine.profile(repeats)
-        owners = Attribution(file).of_names(layers)
+            fused = _fused(engine, file)
+        owners = Attribution(file).of_names(layers, fused)
         sums: dict[str, float] = {}
         for name, ms in layers.items():
             sums[owners[name]] = sums.get(owners[name], 0.0) + ms
@@ -183,6 +184,14 @@ def parse_targets(text: str, flavour: Flavour) -> tuple[str, ...]:
     if unknown:
         raise ConfigError(f"{flavour} cannot build for {unknown[0].lower()}: use {', '.join(known).lower()}")
     return found
+
+
+def _fused(engine: TensorRtEngine, file: bytes) -> dict[str, tuple[str, ...]]:
+    """Name of each of the engine's layers -> operators of the file; nothing where the inspector does not tell."""
+    try:
+        return {layer.name: layer.operators for layer in inspected(engine.inspect(), file)}
+    except EngineError:
+        return {}
 
 
 def _capability(target: str) -> tuple[int, int]:

@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
+
+from onnx import ModelProto, NodeProto
 
 from autocomp.engines.attribution import layer_of
 from autocomp.engines.template import parse
@@ -80,26 +82,26 @@ def inspected(text: str, onnx: bytes) -> tuple[EngineLayer, ...]:
         EngineError: no such JSON, or of an engine that keeps names only.
     """
     try:
-        layers = json.loads(text)["Layers"]
-        named = [layer if isinstance(layer, dict) else None for layer in layers]
-    except (ValueError, KeyError, TypeError) as error:
+        entries = list(json.loads(text)["Layers"])
+        if not entries or not all(isinstance(entry, dict) for entry in entries):
+            raise EngineError("the engine keeps only the names of its layers: build it with detailed verbosity")
+        return _read(entries, parse(onnx))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"this is no answer of TensorRT's engine inspector ({error!r}): export it again") from error
-    entries = [layer for layer in named if layer is not None]
-    if len(entries) != len(named) or not entries:
-        raise EngineError("the engine keeps only the names of its layers: build it with detailed verbosity")
+
+
+def _read(entries: Sequence[Mapping[str, Any]], model: ModelProto) -> tuple[EngineLayer, ...]:
     readers: dict[str, list[str]] = {}
     for entry in entries:
         for tensor in entry.get("Inputs", ()):
             readers.setdefault(tensor["Name"], []).append(entry["Name"])
-    model = parse(onnx)
     place = {node.name: index for index, node in enumerate(model.graph.node)}
     found = []
     for entry in entries:
         operators = tuple(name for name in _operators(entry) if name in place)
         owners = (layer_of(model, place[name]) for name in operators if _computes(model.graph.node[place[name]]))
-        outputs = entry.get("Outputs", ())
+        outputs, weights = entry.get("Outputs", ()), entry.get("Weights")
         fed = (name for tensor in outputs for name in readers.get(tensor["Name"], ()))
-        weights = entry.get("Weights")
         found.append(
             EngineLayer(
                 name=entry["Name"],
@@ -127,7 +129,7 @@ def _operators(entry: Mapping[str, Any]) -> Iterable[str]:
     return marked or re.split(r"[^\w.:/-]+", entry["Name"])
 
 
-def _computes(node: Any) -> bool:
+def _computes(node: NodeProto) -> bool:
     return node.op_type in ("Conv", "Gemm", "MatMul")
 
 

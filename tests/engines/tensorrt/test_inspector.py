@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from autocomp.engines.attribution import Attribution
 from autocomp.engines.template import parse
 from autocomp.engines.tensorrt import EngineLayer, inspected, prepare
 from autocomp.engines.tensorrt.backend import NUMERICS
@@ -92,11 +93,23 @@ def test_operators_are_found_by_name_where_there_is_no_metadata(file: bytes) -> 
     assert inspected(json.dumps(data), file)[2].operators == (conv, relu)
 
 
+def test_times_go_to_the_operators_that_the_inspector_names(file: bytes) -> None:
+    """Whatever an engine calls its layers; a reformat counts to what ran before it."""
+    quantize, conv, relu = names(file)
+    values = {node.name: node.output[0] for node in parse(file).graph.node}
+    reformat = f"Reformatting CopyNode for Input Tensor 0 to {conv} + {relu}"
+    ran = [quantize, reformat, "__myl_ConvRelu_0x1", f"{conv} + {relu}", "__myl_Move_0x2"]
+    found = Attribution(file).of_names(ran, {"__myl_ConvRelu_0x1": (conv, relu), reformat: ()})
+    assert [found[name] for name in ran] == [values[quantize], values[quantize], *[values[conv]] * 3]
+    assert Attribution(file).of_names(["nothing"], {}) == {"nothing": "input"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("no JSON", "no answer of TensorRT's engine inspector"),
         ('{"Layers": null}', "no answer of TensorRT's engine inspector"),
+        ('{"Layers": [{"LayerType": "Reformat"}]}', "no answer of TensorRT's engine inspector"),
         ('{"Layers": ["conv1 + relu"]}', "keeps only the names of its layers"),
         ('{"Layers": []}', "keeps only the names of its layers"),
     ],
