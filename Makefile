@@ -23,7 +23,7 @@ test: .venv/.test
 check: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy autocomp
+	$(BIN)/mypy autocomp benchmarks
 	$(BIN)/lint-imports
 
 format: .venv/.dev

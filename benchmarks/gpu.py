@@ -223,9 +223,9 @@ def search(out: Path, wanted: str | None, seconds: float) -> dict[str, Any]:
         weights = str(shared() / "weights" / "cifar10_resnet56.safetensors")
         given = ("--model", "zoo:resnet56", "--weights", weights, "--data", f"npz:{cifar10(out)}", "--batch", "32")
         runs["resnet56"] = command(out, "search", *given, *half, "--trials", "48", "--out", "resnet56")
-    given = ("--model", "torchvision:resnet50", "--data", "random:3x224x224", "--batch", "8")
+    plain = ("--model", "torchvision:resnet50", "--data", "random:3x224x224", "--batch", "8")
     few = ("--trials", "16", "--baseline-trials", "4", "--calibration-images", "64", "--search-images", "64")
-    runs["resnet50"] = command(out, "search", *given, *half, *few, "--selection-images", "64", "--out", "resnet50")
+    runs["resnet50"] = command(out, "search", *plain, *half, *few, "--selection-images", "64", "--out", "resnet50")
     return {"engine": name, "refused": answers, "runs": runs}
 
 

@@ -84,7 +84,7 @@ def stratified(space: PolicySpace, predictor: Predictor, batch: int, count: int)
 
 def measured(subject: Subject, policy: Policy) -> float:
     """Latency ratio on a new engine; taken again while the reference is slowed by something else."""
-    taken = []
+    taken: list[tuple[float, float]] = []
     with subject.backend.build(subject.skeleton(policy)) as engine:
         while len(taken) < ATTEMPTS and not (taken and min(taken)[0] <= QUIET):
             found = estimate(compare(engine, subject.reference, TimingProtocol(blocks=7)), "p50")

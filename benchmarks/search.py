@@ -212,10 +212,8 @@ def summary(found: Mapping[str, Sequence[Curve]], seconds: float) -> list[list[o
     """Means over seeds: after `JUDGED` evaluations, within a time, and after all."""
     rows: list[list[object]] = []
     for name, curves in found.items():
-        early, timely, ends = (
-            [which(own) for own in curves]
-            for which in (lambda c: c.after(JUDGED), lambda c: c.within(seconds), lambda c: c.within(float("inf")))
-        )
+        early = [own.after(JUDGED) for own in curves]
+        timely, ends = ([own.within(limit) for own in curves] for limit in (seconds, float("inf")))
         rows.append([name, len(curves), *_means(early), *_means(timely), *_means(ends)])
     return rows
 
