@@ -10,9 +10,7 @@ import pytest
 
 import autocomp
 from autocomp.hardware import EngineTime, HardwareProfile, Kernel, KernelTime
-from tests.cli.fake import (
-    FakeApi,
-)
+from tests.cli.fake import FakeApi
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,7 @@ import pytest
 
 from autocomp.config import SearchConfig
 from autocomp.errors import AutocompError, ModelError
-from tests.cli.fake import (
-    ROOT,
-    FakeApi,
-    estimate,
-    run,
-    sensitivity,
-)
+from tests.cli.fake import ROOT, FakeApi, estimate, run, sensitivity
 
 
 def test_apply_passes_policy_and_settings_without_a_budget(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,11 +13,7 @@ from autocomp.policy import Policy
 from autocomp.study.build_profile import Built, Job
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
 from autocomp.study.staleness import Drift
-from tests.cli.fake import (
-    ROOT,
-    FakeApi,
-    run,
-)
+from tests.cli.fake import ROOT, FakeApi, run
 
 ASKED = "profile lookup --hardware board --op conv --in 16 --kernel 3 --size 8 --batch 4"
 

@@ -15,17 +15,7 @@ from autocomp.results import Score
 from autocomp.study.build_profile import Built
 from autocomp.study.debug import AccuracyGap
 from autocomp.study.profiles import Checked, PolicyLatency, Standing
-from tests.cli.fake import (
-    ROOT,
-    FakeApi,
-    card,
-    estimate,
-    finetuned,
-    run,
-    sensitivity,
-    sparsified,
-    verification,
-)
+from tests.cli.fake import ROOT, FakeApi, card, estimate, finetuned, run, sensitivity, sparsified, verification
 
 
 def readme_commands() -> list[str]:

@@ -9,11 +9,7 @@ import pytest
 from autocomp.cli import main
 from autocomp.config import SearchConfig
 from autocomp.errors import EngineError, InfeasibleError, ModelError
-from tests.cli.fake import (
-    FakeApi,
-    finished,
-    run,
-)
+from tests.cli.fake import FakeApi, finished, run
 
 
 def test_search_prints_a_table_and_leaves_with_0(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:

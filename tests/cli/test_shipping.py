@@ -7,16 +7,7 @@ import pytest
 
 from autocomp.config import SearchConfig
 from autocomp.study.shipped import ShippedVerification
-from tests.cli.fake import (
-    CONTEST,
-    ROOT,
-    FakeApi,
-    card,
-    finetuned,
-    run,
-    sparsified,
-    verification,
-)
+from tests.cli.fake import CONTEST, ROOT, FakeApi, card, finetuned, run, sparsified, verification
 
 
 def test_retarget_passes_what_differs(api: FakeApi, capfd: pytest.CaptureFixture[str]) -> None:
