@@ -1,7 +1,6 @@
 """The README's autocomp commands and its example of serving, run in order in one folder, with few trials."""
 
 import ast
-import os
 import re
 import shlex
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from autocomp.cli import main
 from tests import tiny
@@ -21,7 +21,7 @@ FEW += ["--search-images", "100", "--selection-images", "100", "--finetune-epoch
 FEW += ["--engine", "simulated"]
 """A busy machine may reach no 0.5x, and later lines need the run in runs/half. The real engine has tests of its own."""
 TINY = ["--model", "tests.tiny:model", "--data", "npz:tiny.npz"]
-"""In place of the default job's, of which every line would take half a minute."""
+"""In place of the default job's and of CIFAR's, of which every line would take half a minute."""
 
 
 def commands(root: Path) -> list[list[str]]:
@@ -64,24 +64,14 @@ def test_the_readme_shows_every_kind_of_command(root: Path) -> None:
 
 
 def test_the_readmes_commands_run(
-    root: Path,
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tiny_npz(tmp_path / "tiny.npz")
+    save_file(tiny.model().state_dict(), tmp_path / "resnet20.safetensors")
     for words in commands(root):
         arguments = words[1:]
-        if "npz:cifar10.npz" in arguments:
-            if "AUTOCOMP_SHARED" not in os.environ:
-                continue  # the command needs CIFAR-10 and weights for it
-            with np.load(request.getfixturevalue("cifar10_npz")) as whole:
-                np.savez(tmp_path / "cifar10.npz", **{name: whole[name][:1000] for name in whole.files})
-            shared: Path = request.getfixturevalue("shared")
-            (tmp_path / "resnet20.safetensors").symlink_to(shared / "weights" / "cifar10_resnet20.safetensors")
-        elif arguments[0] in ("search", "apply", "sparsify") or "--policy" in arguments:
+        if arguments[0] in ("search", "apply", "sparsify") or "--policy" in arguments:
             arguments += TINY  # the last of two equal flags counts
         if arguments[0] == "sensitivity":
             arguments[1] = TINY[1]
@@ -93,7 +83,7 @@ def test_the_readmes_commands_run(
         if arguments[0] == "finetune":
             arguments += ["--finalists", "1"]
         if arguments[:2] == ["profile", "build"]:
-            arguments += ["--seconds", "5"]
+            arguments += [*TINY, "--seconds", "5"]
         with pytest.raises(SystemExit) as left:
             main(arguments)
         shown = capfd.readouterr()
