@@ -213,9 +213,8 @@ def test_an_unreachable_budget_ends_with_the_floor_and_a_marked_run(tmp_path: Pa
 
 
 def test_where_the_reference_meets_the_budget_the_fastest_within_a_point_is_returned(tmp_path: Path) -> None:
-    result = run_search(
-        simulated(tmp_path / "run", budget=("1000ms",), model="zoo:resnet20", data="digits", finetune_epochs=0)
-    )
+    digits = {"model": "zoo:resnet20", "data": "digits", "finetune_epochs": 0, "baseline_trials": 0, "finalists": 1}
+    result = run_search(simulated(tmp_path / "run", budget=("1000ms",), **digits))
     assert any("meets the budget already" in note for note in result.notes)
     assert result.best is not None and result.best.latency is not None
     assert result.best.latency.ratio.value < 1
