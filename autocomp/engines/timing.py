@@ -61,6 +61,8 @@ def compare(
             order = (0, 1) if len(taken) % 2 == 0 else (1, 0)
             times = {index: pairs[index][0].time(pairs[index][1]) for index in order}
             taken.append(Block(build, tuple(times[0].tolist()), tuple(times[1].tolist())))
+            if len(taken) < protocol.blocks and settled is None:
+                continue
             timing = merge([Timing(tuple(taken))], protocol.max_drift)
             if len(timing.blocks) >= protocol.blocks or len(taken) >= 2 * protocol.blocks:
                 return timing

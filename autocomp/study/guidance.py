@@ -173,8 +173,7 @@ def _meter(
             return rate * (weights * precision.weight_bits / 8 + 4 * out)
 
         return shape_terms(terms, size), budget.limit_for(limits.size_bytes), lambda p: rate * stored_bytes(graph, p)
-    reference_ms = limits.latency_ms[budget.statistic or "p50"]
-    limit = budget.limit_for(reference_ms) / reference_ms
+    limit = limits.ratio_of(budget)
 
     def relative(kernels: Sequence[Kernel]) -> list[float]:
         return [(entry.ms + predictor.overhead_kernel_ms) / whole_ms for entry in predictor.kernels(kernels)]

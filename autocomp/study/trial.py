@@ -61,8 +61,12 @@ class Limits:
         """The least ratio that a latency budget allows; None where latency is not what is limited."""
         if self.goal == "speed":
             return None
-        limited = [(b, self.latency_ms[b.statistic or "p50"]) for b in self.budgets if b.metric == "latency"]
-        return min((budget.limit_for(own) / own for budget, own in limited), default=None)
+        return min((self.ratio_of(budget) for budget in self.budgets if budget.metric == "latency"), default=None)
+
+    def ratio_of(self, budget: Budget) -> float:
+        """The ratio that a latency budget allows."""
+        own_ms = self.latency_ms[budget.statistic or "p50"]
+        return budget.limit_for(own_ms) / own_ms
 
     def scaled(self, factor: float) -> Self:
         """The same with the uncompressed engine's latencies multiplied."""
