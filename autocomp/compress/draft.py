@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from autocomp.compress.surgery import frozen
 from autocomp.errors import ModelError
 from autocomp.rows import Inputs, part, starts
 
@@ -97,9 +98,8 @@ class Draft:
 
     def module(self) -> fx.GraphModule:
         """What has been written, frozen and in eval mode."""
-        used = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
-        root = {name: _frozen(tensor) for name, tensor in self.state.items() if name in used}
-        return fx.GraphModule(root, self.graph).eval()
+        plain = {name: tensor.detach().contiguous() for name, tensor in self.state.items()}  # not copied: it is ours
+        return frozen(self.graph, plain)
 
     def _valued(self, new: fx.Node, node: fx.Node) -> fx.Node:
         if "val" in node.meta:
@@ -121,8 +121,3 @@ def owner_of(parameter: str, kind: str) -> str:
 def is_known(value: Any) -> bool:
     """Whether a value of the graph that is written is a tensor, or several."""
     return isinstance(value, Tensor) or (isinstance(value, tuple | list) and all(map(is_known, value)))
-
-
-def _frozen(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().contiguous()  # not copied: the model is the trace's own
-    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from autocomp.compress.moments import Moments
 from autocomp.compress.reconstruct import by_feature, features_of
-from autocomp.compress.surgery import rebuild, tensors_of
+from autocomp.compress.surgery import frozen, rebuild, tensors_of
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy
 
@@ -107,10 +107,4 @@ def paired(module: fx.GraphModule, graph: LayerGraph, pairs: LayerGraph) -> fx.G
         geometry = (list(second.stride), list(second.padding), list(second.dilation), 1) if second.op == "conv" else ()
         node.args = (reduced, *node.args[1:3], *geometry)
         tensors |= {first.weight: torch.zeros(first.weight_shape), first.bias: torch.zeros(first.weight_shape[0])}
-    return fx.GraphModule(
-        {
-            name: torch.nn.Parameter(t, requires_grad=False) if t.is_floating_point() else t
-            for name, t in tensors.items()
-        },
-        whole.graph,
-    ).eval()
+    return frozen(whole.graph, tensors)

@@ -10,7 +10,17 @@ from torch import Tensor, fx, nn
 from autocomp.compress.naming import value_of
 from autocomp.graph import Branch, Group, LayerGraph
 
-__all__ = ["batches", "kept_positions", "masked", "rebuild", "run", "shared_parameters", "slice_tensors", "tensors_of"]
+__all__ = [
+    "batches",
+    "frozen",
+    "kept_positions",
+    "masked",
+    "rebuild",
+    "run",
+    "shared_parameters",
+    "slice_tensors",
+    "tensors_of",
+]
 
 Kept = Mapping[str, tuple[int, ...]]
 
@@ -82,13 +92,18 @@ def rebuild(
                 env[node].args = (*env[node].args[:6], layer.groups_of(tensors[layer.weight].shape[0]))
         by_value[value_of(node)] = env[node]
     fresh.eliminate_dead_code()
-    used = {str(node.target) for node in fresh.nodes if node.op == "get_attr"}
+    return frozen(fresh, tensors)
+
+
+def frozen(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A module of a graph in eval mode, around those of the tensors that it reads, which are not to be trained."""
+    used = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
     root = {
         name: nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
         if name in used
     }
-    return fx.GraphModule(root, fresh).eval()
+    return fx.GraphModule(root, graph).eval()
 
 
 def masked(graph: LayerGraph, tensors: Mapping[str, Tensor], groups: Sequence[Group], kept: Kept) -> dict[str, Tensor]:

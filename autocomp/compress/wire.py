@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx, nn
+from torch import fx
 from torch.fx.node import map_aggregate
 
-from autocomp.compress.surgery import tensors_of
+from autocomp.compress.surgery import frozen, tensors_of
 
 __all__ = ["Packed", "pack", "unpack"]
 
@@ -63,7 +63,8 @@ def unpack(packed: Packed) -> fx.GraphModule:
         values[name] = graph.create_node(
             op, _found(target), map_aggregate(args, linked), map_aggregate(kwargs, linked), name
         )
-    return fx.GraphModule({name: _frozen(array) for name, array in packed.tensors.items()}, graph).eval()
+    # In memory of its own: what came over a wire may be read-only.
+    return frozen(graph, {name: torch.from_numpy(np.array(array)) for name, array in packed.tensors.items()})
 
 
 def _named(target: Any) -> Any:
@@ -77,9 +78,3 @@ def _found(target: Any) -> Any:
         return target
     namespace, _, name = target.name.partition("::")
     return getattr(getattr(getattr(torch.ops, namespace), name), target.overload)
-
-
-def _frozen(array: NDArray[Any]) -> Tensor:
-    """A parameter, or a plain tensor of integers, in memory of its own: what came over a wire may be read-only."""
-    tensor = torch.from_numpy(np.array(array))
-    return nn.Parameter(tensor, requires_grad=False) if tensor.is_floating_point() else tensor
