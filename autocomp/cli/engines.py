@@ -27,7 +27,7 @@ from autocomp.cli.flags import (
     Weights,
     settings_of,
 )
-from autocomp.cli.output import UNTRUE, console, print_json, quiet_stdout, watched
+from autocomp.cli.output import UNTRUE, console, print_found, print_json, quiet_stdout, watched
 from autocomp.errors import EngineError, InputError
 
 __all__ = ["add_engine_commands"]
@@ -142,8 +142,5 @@ def debug_accuracy(
 
     with watched("nothing was changed", as_json=bool(json)) as observer:
         found = api.debug_accuracy(target, given, config, onnx, observer)
-    if json:
-        print_json(found.to_json())
-    else:
-        print_accuracy_gap(found, console(sys.stdout))
+    print_found(found, print_accuracy_gap, as_json=bool(json))
     sys.exit(0 if found.agrees else UNTRUE)

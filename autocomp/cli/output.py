@@ -2,16 +2,26 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from autocomp.outcome import Observer
 
-__all__ = ["INTERRUPTED", "NOTHING_VERIFIED", "UNTRUE", "console", "fail", "print_json", "quiet_stdout", "watched"]
+__all__ = [
+    "INTERRUPTED",
+    "NOTHING_VERIFIED",
+    "UNTRUE",
+    "console",
+    "fail",
+    "print_found",
+    "print_json",
+    "quiet_stdout",
+    "watched",
+]
 
 UNTRUE = 1
 """Exit status where a claim does not hold: of a card, or of a file that is to compute what the torch model does."""
@@ -46,6 +56,14 @@ def print_json(data: object) -> None:
     import json
 
     print(json.dumps(data, indent=2, allow_nan=False))
+
+
+def print_found(found: Any, show: Callable[[Any, "Console"], None], *, as_json: bool) -> None:
+    """A result as one JSON object, or as ``show`` prints it."""
+    if as_json:
+        print_json(found.to_json())
+    else:
+        show(found, console(sys.stdout))
 
 
 def fail(message: str, status: int) -> NoReturn:

@@ -24,7 +24,7 @@ from autocomp.cli.flags import (
     settings_of,
 )
 from autocomp.cli.flags import Batch as OneBatch
-from autocomp.cli.output import INTERRUPTED, console, fail, print_json, quiet_stdout
+from autocomp.cli.output import INTERRUPTED, console, fail, print_found, print_json, quiet_stdout
 from autocomp.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -96,10 +96,7 @@ def diff_profiles(
     from autocomp.report import print_difference
 
     found = difference(_load(old), _load(new))
-    if json:
-        print_json(found.to_json())
-    else:
-        print_difference(found, console(sys.stdout))
+    print_found(found, print_difference, as_json=bool(json))
 
 
 @profiles.command()

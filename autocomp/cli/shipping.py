@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from autocomp.cli.flags import AsJson, Text
-from autocomp.cli.output import NOTHING_VERIFIED, UNTRUE, console, print_json, quiet_stdout, watched
+from autocomp.cli.output import NOTHING_VERIFIED, UNTRUE, print_found, print_json, quiet_stdout, watched
 from autocomp.errors import InputError
 
 __all__ = ["add_shipping_commands"]
@@ -61,10 +61,7 @@ def _verify_run(run: Path, *, as_json: bool) -> None:
 
     with watched("the run is as it was, start again", as_json=as_json) as observer:
         found = api.verify(run, observer)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        print_verification(found, console(sys.stdout))
+    print_found(found, print_verification, as_json=as_json)
     sys.exit(0 if found.verdict.admitted else NOTHING_VERIFIED)
 
 
@@ -74,8 +71,5 @@ def _verify_exported(folder: Path, data: str | None, *, as_json: bool) -> None:
 
     with watched("nothing was written, start again", as_json=as_json) as observer:
         found = api.verify_shipped(folder, data, observer)
-    if as_json:
-        print_json(found.to_json())
-    else:
-        print_shipped(found, console(sys.stdout))
+    print_found(found, print_shipped, as_json=as_json)
     sys.exit(0 if found.holds else UNTRUE)

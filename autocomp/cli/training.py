@@ -1,6 +1,5 @@
 """``autocomp finetune`` and ``sparsify``: training after a search, and before one."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from autocomp.cli.flags import (
     Weights,
     settings_of,
 )
-from autocomp.cli.output import console, print_json, watched
+from autocomp.cli.output import print_found, watched
 
 __all__ = ["add_training_commands"]
 
@@ -68,10 +67,7 @@ def finetune(
 
     with watched("the run is as it was, and the same command goes on", as_json=bool(json)) as observer:
         found = api.finetune(run, given, observer, address, finalists)
-    if json:
-        print_json(found.to_json())
-    else:
-        print_finetuned(found, console(sys.stdout))
+    print_found(found, print_finetuned, as_json=bool(json))
 
 
 def sparsify(
@@ -107,7 +103,4 @@ def sparsify(
 
     with watched("the same command goes on", as_json=bool(json)) as observer:
         found = api.sparsify(chosen, given, out, observer)
-    if json:
-        print_json(found.to_json())
-    else:
-        print_sparsified(found, console(sys.stdout))
+    print_found(found, print_sparsified, as_json=bool(json))
