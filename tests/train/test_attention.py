@@ -12,7 +12,7 @@ from autocomp.compress import trace
 from autocomp.errors import ModelError
 from autocomp.train import Training, finetune
 from autocomp.train.attention import distance, stages, tapped
-from tests.train.test_training import PLAIN, split, whole
+from tests.train.small import PLAIN, split, whole
 
 
 class Net(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from autocomp.errors import ConfigError, ModelError
 from autocomp.train import Training, TrainingRecipe, Tuned, finetune
 from autocomp.train.sparse import factors_of, filters_of
-from tests.train.test_training import PLAIN, net, split, whole
+from tests.train.small import PLAIN, net, split, whole
 
 
 def normed() -> nn.Module:
