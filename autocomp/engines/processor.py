@@ -12,6 +12,8 @@ __all__ = ["cpu_device", "processor", "weight_max"]
 
 # Instruction sets that decide how fast, and how exactly, 8-bit products are computed.
 _SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+# Those that a device's name ends with, the fastest first: hypervisors call unlike processors "AMD EPYC".
+_NAMED = ("amx_int8", "avx512_vnni", "avx_vnni", "avx512f")
 _EXACT = frozenset({"avx_vnni", "avx512_vnni", "asimddp"})
 
 
@@ -19,7 +21,9 @@ def cpu_device(engine: str, threads: int) -> DeviceInfo:
     """Fingerprint of this machine's processor under an engine, given as name and version."""
     model, flags = processor()
     details = (("cpu", model), ("instructions", " ".join(flags)), ("cpus", str(os.cpu_count())))
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", model.lower())).strip("-")
+    known = re.sub(r"\((r|tm)\)|\bcpu\b|@.*", "", model.lower())
+    fastest = next((name for name in _NAMED if name in flags), "")
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{known} {fastest}").strip("-")
     return DeviceInfo(f"{slug}-{threads}t", engine, threads, details)
 
 

@@ -17,16 +17,23 @@ from tests.engines.conftest import Case
 CPUINFO = "processor\t: 0\nmodel name\t: Imaginary(R) Chip(TM) CPU @ 2.00GHz\nflags\t\t: fpu sse avx2 {}\n"
 
 
-@pytest.mark.parametrize(("flag", "weight_max"), [("", 63), ("avx_vnni", 127), ("avx512_vnni amx_int8", 127)])
+@pytest.mark.parametrize(
+    ("flag", "weight_max", "name"),
+    [
+        ("", 63, "imaginary-chip-2t"),
+        ("avx_vnni", 127, "imaginary-chip-avx-vnni-2t"),
+        ("avx512_vnni amx_int8", 127, "imaginary-chip-amx-int8-2t"),
+    ],
+)
 def test_weights_stay_small_where_products_saturate(
-    flag: str, weight_max: int, monkeypatch: pytest.MonkeyPatch
+    flag: str, weight_max: int, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     processor.cache_clear()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", lambda self: CPUINFO.format(flag))
         backend = OnnxRuntimeBackend(BackendSpec(threads=2))
         assert backend.capabilities().numerics.weight_max == weight_max
-        assert backend.device.name == "imaginary-chip-2t"
+        assert backend.device.name == name
         assert dict(backend.device.details)["instructions"].split() == ["avx2", *flag.split()]
     processor.cache_clear()
 
