@@ -51,7 +51,8 @@ class SearchConfig:
         batch: images per run of the engine; None for 32 in the default job and 1 elsewhere.
         space: name of a search space, or a TOML file.
         exclude, include: globs on layers, beside those of the space: what is left as it is, and all that is compressed.
-        controller: ``guided``, ``evolution``, ``tpe``, ``nsga2``, ``gp``, ``cmaes``, ``ddpg`` or ``random``.
+        controller: ``guided``, which gives way to ``evolution`` where too little is known; ``evolution``, ``tpe``,
+            ``nsga2``, ``gp``, ``cmaes``, ``ddpg`` or ``random``.
         trials: policies to evaluate.
         baseline_trials: policies to evaluate for each baseline, 0 for none; None for as many as ``trials``.
         seed: of every draw.
@@ -89,8 +90,8 @@ class SearchConfig:
     space: str = "default"
     exclude: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
-    controller: str = "evolution"
-    trials: int = 16
+    controller: str = "guided"
+    trials: int = 12
     baseline_trials: int | None = None
     seed: int = 0
     executor: str = "local"

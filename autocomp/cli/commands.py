@@ -100,9 +100,9 @@ def search(
     exclude: Exclude = None,
     include: Include = None,
     controller: Annotated[
-        Text, typer.Option(help="evolution, guided, tpe, nsga2, gp, cmaes, ddpg or random [evolution]")
+        Text, typer.Option(help="guided, evolution, tpe, nsga2, gp, cmaes, ddpg or random [guided]")
     ] = None,
-    trials: Annotated[Whole, typer.Option(help="policies to evaluate [16]")] = None,
+    trials: Annotated[Whole, typer.Option(help="policies to evaluate [12]")] = None,
     baseline_trials: Annotated[Whole, typer.Option(help="policies for each baseline [as --trials]")] = None,
     seed: Seed = None,
     executor: Annotated[Text, typer.Option(help="where trials run: local or ray [local]")] = None,

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import exp, isfinite, log, sqrt
+from math import exp, isfinite, log
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,8 +37,8 @@ CAUTION = 0.6
 MARGINS = (1.0, 1.0, 1.0, 0.93)
 """Parts of the limits that proposals are solved for in turn: some with room, should the device be slower when the
 finalists are verified."""
-FASTEST = 0.3
-"""Ratio to the uncompressed latency that is taken to be lossy before anything is known."""
+FASTEST = 0.1
+"""Part of the least latency that kept the accuracy which is taken to be lossy before anything is known."""
 ELITES = 4
 """Best results that local search begins from."""
 MOVES = 400
@@ -101,10 +101,11 @@ class GuidedController:
         seen.update(wave)
         scored = [(self._choices[policy], r.score.divergence) for policy, r in self._results.items() if r.score]
         beliefs = _Beliefs(self._knowledge.problem.losses, scored)
-        limits, starts = self._limits(), [self._choices[policy] for policy in self._elites()]
+        first = len(self._told) + len(self._pending)
+        limits, starts = self._limits(first, count), [self._choices[policy] for policy in self._elites()]
         while len(wave) < count:
             place = len(seen)
-            policy = self._proposal(beliefs, limits, starts, seen, place)
+            policy = self._proposal(beliefs, limits[len(wave)], starts, seen, place)
             policy = policy or fresh(self._space, random.Random(f"{self._seed}/{place}"), seen)
             if policy is None:
                 break
@@ -125,7 +126,7 @@ class GuidedController:
     def _proposal(
         self,
         beliefs: "_Beliefs",
-        limits: Sequence[float],
+        limits: tuple[float, ...],
         starts: Sequence[tuple[int, ...]],
         seen: set[Policy],
         place: int,
@@ -136,8 +137,6 @@ class GuidedController:
         weights = beliefs.mean if place == 0 else beliefs.draw(generator)
         losses = tuple(w * row for w, row in zip(weights, knowledge.problem.losses, strict=True))
         problem = Problem(losses, knowledge.problem.costs, knowledge.problem.tied)
-        room = MARGINS[place % len(MARGINS)]
-        limits = tuple(room * limit for limit in limits)
         if len(self._results) < SOLVED:
             solution = _solved(knowledge, problem, limits)
             if solution is not None:
@@ -150,13 +149,13 @@ class GuidedController:
         start = starts[int(generator.integers(len(starts)))]
         return _searched(knowledge, problem, limits, start, generator, seen)
 
-    def _limits(self) -> tuple[float, ...]:
-        """The budgets' limits on predicted costs, moved by what predictions got wrong of late.
+    def _limits(self, first: int, count: int) -> list[tuple[float, ...]]:
+        """Limits on predicted costs for each of a wave: the budgets', moved by what predictions got wrong of late.
 
         Somewhat more than the median is taken off: a proposal over the budget teaches little.
         """
         if self._knowledge.speed:
-            return (self._target(),)
+            return [(target,) for target in self._targets(count)]
         measured = (r for r in reversed(self._results.values()) if len(r.violations) >= len(self._knowledge.limits))
         rows = []
         for result in islice(measured, RECENT):
@@ -164,20 +163,25 @@ class GuidedController:
                 self._predicted[result.policy] = self._knowledge.costs(result.policy)
             pairs = zip(self._predicted[result.policy], result.violations, self._knowledge.limits, strict=False)
             rows.append([log(max(1 + violation, 1e-6) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs])
-        if not rows:
-            return self._knowledge.limits
-        off = np.exp(np.quantile(rows, CAUTION, axis=0))
-        return tuple(limit / float(wrong) for limit, wrong in zip(self._knowledge.limits, off, strict=True))
+        off = np.exp(np.quantile(rows, CAUTION, axis=0)) if rows else np.ones(len(self._knowledge.limits))
+        moved = np.array(self._knowledge.limits) / off
+        rooms = [MARGINS[place % len(MARGINS)] for place in range(first, first + count)]
+        return [tuple((room * moved).tolist()) for room in rooms]
 
-    def _target(self) -> float:
-        """A predicted latency ratio between the least that kept the accuracy and the largest below it that did not."""
-        timed = [(policy, r) for policy, r in self._results.items() if r.score is not None and r.ratio is not None]
-        if not timed:
-            return sqrt(FASTEST) * self._knowledge.limits[0]
-        off = float(np.median([r.ratio / self._knowledge.costs(policy)[0] for policy, r in timed if r.ratio]))
-        kept = min((r.ratio for _, r in timed if r.feasible and r.ratio), default=1.0)
+    def _targets(self, count: int) -> list[float]:
+        """Predicted latency ratios between the least that kept the accuracy and the largest below it that did not.
+
+        Spread evenly in their logarithm, so that a wave of four leaves a fifth of the interval, and none below what
+        the most compressed policies are predicted to take.
+        """
+        timed = [(policy, r) for policy, r in self._results.items() if r.score is not None and r.ratio]
+        ratios = [r.ratio / self._knowledge.costs(policy)[0] for policy, r in timed if r.ratio]
+        off = float(np.median(ratios)) if ratios else 1.0
+        kept = min((r.ratio for _, r in timed if r.feasible and r.ratio), default=self._knowledge.limits[0])
         lost = max((r.ratio for _, r in timed if not r.feasible and r.ratio and r.ratio < kept), default=FASTEST * kept)
-        return sqrt(kept * lost) / off
+        least = (self._space.uniform()[-1], self._space.decode([len(d.options) - 1 for d in self._space.decisions]))
+        floor = off * min(self._knowledge.costs(policy)[0] for policy in least)
+        return [float(ratio) / off for ratio in np.geomspace(kept, min(max(lost, floor), kept), count + 2)[1:-1]]
 
     def _elites(self) -> list[Policy]:
         feasible = [r for r in self._results.values() if r.feasible and r.objective is not None]

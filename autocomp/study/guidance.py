@@ -71,11 +71,18 @@ def obtain_profile(
     """A profile that covers the space as well as `SURVEY_S` seconds allow, kept in the run's folder and for later.
 
     Returns:
-        None where the model's kernels cannot be told apart.
+        None, with a note, where a profile of this device says too little: of ranks, of engines that are measured
+        elsewhere, of a model whose kernels cannot be told apart.
     """
-    subject = subject_of(bench, reference)
+    subject, reason = None, "this model's kernels cannot be told apart"
+    if bench.space.ranks:
+        reason = f"space {bench.config.space} has ranks, which it does not weigh"
+    elif bench.config.target_resource is not None:
+        reason = f"engines are measured on the nodes with {bench.config.target_resource}, not here"
+    else:
+        subject = subject_of(bench, reference)
     if subject is None:
-        observer(Note("this model's kernels cannot be told apart, so its search is not guided by a profile"))
+        observer(Note(f"the search is not guided by a profile: {reason}"))
         return None
     device = bench.backend.device
     kept = folder / "profile"
@@ -119,7 +126,7 @@ def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, referenc
 def guidance(
     bench: Workbench, limits: Limits, reference: Engine, sensitivity: Sensitivity, folder: Path, observer: Observer
 ) -> Knowledge | None:
-    """What the guided controller begins with; None, with a note, where there is nothing to predict latency from."""
+    """What the guided controller begins with; None, with a note, where too little can be predicted."""
     try:
         found = obtain_profile(bench, reference, folder, observer)
         if found is None:

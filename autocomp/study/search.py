@@ -250,16 +250,15 @@ def _controller(
     observer: Observer,
 ) -> Controller:
     """The one that was asked for, with what is known before the first trial; evolution where that is too little."""
-    config = bench.config
-    if config.controller != "guided":
-        initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
-        return make_controller(config.controller, bench.space, config.seed, initial)
-    if sensitivity is not None:
-        knowledge = guidance(bench, limits, reference, sensitivity, run.folder, observer)
-        if knowledge is not None:
-            return make_controller("guided", bench.space, config.seed, tuple(first), knowledge)
+    config, name = bench.config, bench.config.controller
+    if name == "guided":
+        if sensitivity is not None:
+            knowledge = guidance(bench, limits, reference, sensitivity, run.folder, observer)
+            if knowledge is not None:
+                return make_controller(name, bench.space, config.seed, tuple(first), knowledge)
+        name = "evolution"
     initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
-    return make_controller("evolution", bench.space, config.seed, initial)
+    return make_controller(name, bench.space, config.seed, initial)
 
 
 def _plans(bench: Workbench, controller: Controller) -> Sequence[Plan]:

@@ -200,8 +200,6 @@ def prepare(
     capabilities = backend.capabilities()
     base = _reference_policy(config, traced.graph, capabilities)
     space = choices.restrict(traced.graph, capabilities)
-    if config.controller == "guided" and space.ranks:
-        raise ConfigError(f"controller guided does not weigh ranks, which space {config.space} has: use evolution")
     recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
     refuse_larger(model.spec, footprint(traced.graph, recipe.images))
     observer(Phase("statistics"))

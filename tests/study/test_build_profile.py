@@ -296,3 +296,14 @@ def test_with_the_real_engine(tmp_path: Path) -> None:
     for entry in built.profile.engines:
         assert 0 < entry.kernels_ms < 1.5 * entry.ms
     assert standing(built.profile).kind == "measured"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"), [({"space": "ranks"}, "space ranks has ranks"), ({"target_resource": "phone"}, "with phone")]
+)
+def test_a_search_that_cannot_be_guided_says_why(changed: dict[str, str], reason: str, tmp_path: Path) -> None:
+    bench, events = prepare(replace(CONFIG, executor="ray", **changed), ignore), list[Event]()
+    with bench.backend.build(bench.reference) as reference:
+        assert obtain_profile(bench, reference, tmp_path, events.append) is None
+    (note,) = events
+    assert isinstance(note, Note) and reason in note.text
