@@ -20,7 +20,7 @@ def matrix_product(equation: str) -> tuple[Side, Side] | None:
     operands = inputs.split(",")
     if not arrow or len(operands) != 2 or not all(entry.isalpha() and len(entry) > 1 for entry in (*operands, output)):
         return None
-    *lead, row, column = output
+    *lead, row, column = [*output]
     summed = set(operands[0][-2:]) & set(operands[1][-2:])
     if (
         any([*entry[:-2]] != lead for entry in operands)
