@@ -6,7 +6,8 @@
 Writes ``benchmarks/results/predict.json``. A profile is measured from nothing; then policies spread over predicted
 ratios from 0.3 to 1.0 are timed beside the uncompressed engine, twice, each time on an engine of its own: the
 difference of the two is the noise that a prediction cannot be better than. With ``--half`` there are five policies, all
-predicted at 0.5x: ``worst`` is the largest relative error among them. Models of 224x224 have random weights, batch 1.
+predicted at 0.5x, and the file is ``half.json``: ``worst`` is the largest relative error among them. Models of 224x224
+have random weights, batch 1.
 """
 
 import argparse
@@ -159,11 +160,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = args.work or Path(temporary)
         for case in args.case or (HALF_CASES if args.half else SPREAD_CASES):
-            name = f"{case}{' at 0.5x' if args.half else ''}, {args.engine}"
+            name = f"{case}, {args.engine}"
             edges, count = (HALF, args.policies or HALVES) if args.half else (SPREAD, args.policies or POLICIES)
             row = one(case, work, args.engine, args.seconds, count, edges)
             show("predicted against measured latency ratio", COLUMNS, table({name: row}))
-            print(f"written: {save('predict', {name: row})}")
+            print(f"written: {save('half' if args.half else 'predict', {name: row})}")
 
 
 if __name__ == "__main__":
