@@ -1,7 +1,7 @@
 """From a module to a flat ATen graph: exported, in-place operators made pure, batch norms folded into their layers."""
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from autocomp.compress.affine import CONVOLUTIONS, Affine, Norm
 from autocomp.compress.arrays import as_rows
 from autocomp.compress.batch_first import batch_first, sample_shape
 from autocomp.compress.draft import Draft, is_known
+from autocomp.compress.einsum import Side, matrix_product
 from autocomp.compress.exporting import export, unused
 from autocomp.compress.naming import op_of, value_of
 from autocomp.errors import ModelError
@@ -134,6 +135,8 @@ class _Lowering:
         if op in ("view", "_unsafe_view"):  # the copies that made its input contiguous are left out
             sizes = fx.map_arg(node.args[1], draft.mapped)
             return draft.create(node, torch.ops.aten.reshape.default, (draft.mapped(node.args[0]), sizes), {}, op)
+        if op == "einsum" and (sides := matrix_product(str(node.args[0]))) is not None:
+            return self._product(node, sides)
         args, kwargs = fx.map_arg((node.args, node.kwargs), draft.mapped)
         written = args[0] if op != base else None
         if base == "silu":  # engines know its two parts, in int8 as well
@@ -148,6 +151,19 @@ class _Lowering:
             if written is not None and value is written:
                 draft.values[old] = new
         return new
+
+    def _product(self, node: fx.Node, sides: Sequence[Side]) -> fx.Node:
+        """A sum over products as a product of matrices, whose channels can be followed."""
+        operands: Any = node.args[1]
+        read = []
+        for side in sides:
+            value = self._draft.mapped(operands[side.operand])
+            if side.turned:
+                turned = self._draft.graph.call_function(torch.ops.aten.transpose.int, (value, -2, -1))
+                turned.meta["val"] = operands[side.operand].meta["val"].mT
+                value = turned
+            read.append(value)
+        return self._draft.create(node, torch.ops.aten.matmul.default, tuple(read), {}, "matmul")
 
     def _constant(self, node: fx.Node, op: str) -> Any:
         """The value of an operator that reads nothing but sizes, parameters and such values, else None.

@@ -77,9 +77,10 @@ class Sums:
         self.square += inner_products(patches)
 
     def moments(self) -> Moments:
+        """Once: the sums are used up, for they may be large."""
         assert self.shift is not None
         offset = self.total / self.count
-        gram = (self.square / self.count).addr_(offset, offset, alpha=-1)
+        gram = self.square.div_(self.count).addr_(offset, offset, alpha=-1)
         mean = self.shift.double() + offset
         constant = gram.diagonal() <= (CONSTANT * mean).square().clamp_min(VANISHED)
         gram[constant], gram[:, constant] = 0.0, 0.0  # else a solve would read rounding

@@ -30,7 +30,9 @@ __all__ = ["OBSERVED_IMAGES", "Clock", "Observation", "Pruned", "observe", "prun
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
 RECALIBRATION_IMAGES, OBSERVED_IMAGES = 128, 128
-SEQUENCE_IMAGES = 64  # of a trial that drops branches
+# Of a trial that drops branches: images that it is solved on in sequence, multiply-accumulates of the model that these
+# may take (about a second), and how many images are worth beginning with.
+SEQUENCE_IMAGES, SEQUENCE_MACS, FEWEST_IN_SEQUENCE = 64, 2 * 10**10, 4
 
 Tensors = Mapping[str, Tensor]
 Positions = Mapping[tuple[str, int], NDArray[np.int64]]
@@ -101,7 +103,7 @@ def prune(
     branches = tuple(graph.branch_by_name[name] for name in sorted(policy.dropped))
     with clock("build"):
         module = rebuild(traced.module, graph, tensors, branches)
-    if count := _images_in_sequence(policy, recipe):
+    if count := _images_in_sequence(graph, policy, recipe):
         with clock("sequence"):
             tensors |= solve_in_sequence(traced, module, policy, positions, images[:count], recipe, statistics.outputs)
             module = rebuild(traced.module, graph, tensors, branches)
@@ -145,12 +147,16 @@ class Observation:
     divergence: float
 
 
-def _images_in_sequence(policy: Policy, recipe: Recipe) -> int:
+def _images_in_sequence(graph: LayerGraph, policy: Policy, recipe: Recipe) -> int:
     """How many images layers are solved on in sequence: where a branch goes, what the layers behind it read is too
-    unlike the unpruned model's statistics for the closed form."""
+    unlike the unpruned model's statistics for the closed form. Of a large model a trial takes fewer images, or none,
+    since one pass over them would cost more than all the rest of it."""
     if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped):
         return recipe.images
-    return SEQUENCE_IMAGES if recipe.reconstruction == "auto" and policy.dropped else 0
+    if recipe.reconstruction != "auto" or not policy.dropped:
+        return 0
+    affordable = min(SEQUENCE_IMAGES, SEQUENCE_MACS // graph.macs(Policy()))
+    return affordable if affordable >= FEWEST_IN_SEQUENCE else 0
 
 
 def _worth_recalibrating(policy: Policy, recipe: Recipe) -> bool:

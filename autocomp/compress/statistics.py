@@ -95,7 +95,7 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     with torch.no_grad():
         logits = torch.cat([watcher.run(part) for part in batches(images, BATCH)])
     bounds = ranges.bounds(graph)
-    moments = {graph.layer_by_node[node].name: found.moments() for node, found in sums.items()}
+    moments = {graph.layer_by_node[node].name: sums.pop(node).moments() for node in list(sums)}  # freed one by one
     tensors = tensors_of(traced.module)
     cross = {name: cross_moments(tensors[graph.layer_by_name[name].weight], found) for name, found in moments.items()}
     evidence = Evidence(traced, tensors, moments, images, recipe.ridge, recipe.seed)

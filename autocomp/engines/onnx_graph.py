@@ -49,7 +49,8 @@ def emit(
     model = onnx.ModelProto()
     model.CopyFrom(template.model)
     model.graph.node.extend(writer.nodes())
-    model.graph.initializer.extend(writer.initializers.values())
+    for name in list(writer.initializers):  # copied, and freed one by one
+        model.graph.initializer.append(writer.initializers.pop(name))
     oldest = {"bf16": BFLOAT16_OPSET, "fp8": FLOAT8_OPSET}
     needed = max((oldest.get(precision.weight, 0) for precision in policy.precisions.values()), default=0)
     for entry in model.opset_import:

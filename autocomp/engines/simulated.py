@@ -124,6 +124,7 @@ class SimulatedEngine:
         self._onnx = self._executor = None
 
 
+LARGE_BYTES = 1024  # of a tensor that gives other values no shape
 _FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Constant", "Shape"})
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -142,6 +143,9 @@ def operators_ms(onnx: bytes, device: Description, batch: int, threads: int) -> 
         EngineError: no ONNX model, or its shapes cannot be inferred.
     """
     model = unpacked(parse(onnx))
+    for tensor in model.graph.initializer:  # inference copies the model thrice, and asks weights for their shapes alone
+        if len(tensor.raw_data) > LARGE_BYTES:
+            tensor.ClearField("raw_data")
     for value in (*model.graph.input, *model.graph.output):
         axes = value.type.tensor_type.shape.dim
         if len(axes) == 0:

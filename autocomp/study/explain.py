@@ -12,12 +12,13 @@ from autocomp.hardware import HardwareProfile, Kernel, Predictor, kernels_of
 from autocomp.outcome import ChoiceEffect
 from autocomp.policy import FP32, Policy, Precision
 from autocomp.results import Interval
+from autocomp.space import PolicySpace
 from autocomp.study.predicted import PredictedBackend
 from autocomp.study.sensitivity import Choice, Kind, Sensitivity
 from autocomp.study.starts import losses_of
 from autocomp.study.workbench import Workbench
 
-__all__ = ["effects_of", "explained"]
+__all__ = ["effects_of", "explained", "profile_for", "without_slow_types"]
 
 NORMAL = 1.959964
 """Standard deviations to either side that hold 95 %."""
@@ -25,7 +26,7 @@ NORMAL = 1.959964
 
 def explained(bench: Workbench, policy: Policy, sensitivity: Sensitivity | None, run: Path) -> tuple[ChoiceEffect, ...]:
     """Effects of a policy's choices, by the profile of the run's folder, else by the one that fits this device."""
-    return effects_of(bench.traced.graph, policy, bench.spec.batch, sensitivity, _profile(bench, run))
+    return effects_of(bench.traced.graph, policy, bench.spec.batch, sensitivity, profile_for(bench, run))
 
 
 def effects_of(
@@ -57,6 +58,27 @@ def effects_of(
             )
         )  # fmt: skip
     return tuple(found)
+
+
+def without_slow_types(space: PolicySpace, policy: Policy, batch: int, predictor: Predictor) -> Policy:
+    """A policy with the layers in float32 whose type, int8 mostly, costs time there, beyond the prediction's error.
+
+    One after another, what costs most first: neighbours of one type spare each other conversions.
+
+    Args:
+        policy: of the space; a layer that has no float32 there stays as it is.
+        predictor: without enough measured, nothing is known to cost time.
+    """
+    graph, policy = space.graph, space.graph.normalise(policy)
+    while True:
+        types: list[_Named] = [("precision", name, precision) for name, precision in policy.precisions.items()]
+        undone = {choice: graph.normalise(_without(graph, policy, *choice)) for choice in types}
+        undone = {choice: other for choice, other in undone.items() if space.contains(other)}
+        saved = _times(graph, policy, undone, batch, predictor)
+        slow = {choice: time.value for choice, time in saved.items() if time is not None and time.high < 0}
+        if not slow:
+            return policy
+        policy = undone[min(slow, key=slow.__getitem__)]
 
 
 _Named = tuple[Kind, str, Choice]
@@ -132,7 +154,8 @@ def _text(graph: LayerGraph, name: str, option: Choice) -> str:
     return "removed" if option is True else f"{option} of {graph.group_by_name[name].channels}"
 
 
-def _profile(bench: Workbench, run: Path) -> HardwareProfile | None:
+def profile_for(bench: Workbench, run: Path) -> HardwareProfile | None:
+    """The profile of the run's folder, else the one that fits this device; None without."""
     if isinstance(bench.backend, PredictedBackend):
         return bench.backend.known
     device = bench.backend.device

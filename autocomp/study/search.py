@@ -2,20 +2,21 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from autocomp.budget import parse_budgets
 from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
-from autocomp.hardware import LatencyTable
+from autocomp.hardware import LatencyTable, Predictor
 from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
 from autocomp.results import LatencyEstimate, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import Crew, Kit
-from autocomp.study.explain import explained
+from autocomp.study.explain import explained, profile_for, without_slow_types
 from autocomp.study.finalists import Finalist
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
@@ -30,6 +31,7 @@ from autocomp.study.study import FixedList, Plan, Study
 from autocomp.study.training import training_images
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.trust import gauge
+from autocomp.study.undoing import Undoing
 from autocomp.study.verify import (
     Verdict,
     reference_latency,
@@ -151,7 +153,7 @@ def search(
         else:
             first = best_of(earlier, limits)
             controller = _controller(bench, limits, prologue.reference, sensitivity, first, run, observer)
-            plans = _plans(bench, controller)
+            plans = _plans(bench, _undoing(bench, controller, run))
         for plan in plans:
             study.explore(plan)
     finally:
@@ -259,6 +261,16 @@ def _controller(
         name = "evolution"
     initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
     return make_controller(name, bench.space, config.seed, initial)
+
+
+def _undoing(bench: Workbench, controller: Controller, run: Run) -> Controller:
+    """The controller, its last proposals without types that cost time, where a profile of the device tells."""
+    profile = profile_for(bench, run.folder)
+    if profile is None:
+        return controller
+    predictor, config = Predictor(profile), bench.config
+    undone = partial(without_slow_types, bench.space, batch=bench.spec.batch, predictor=predictor)
+    return Undoing(controller, undone, config.trials, min(config.finalists, config.trials // 4))
 
 
 def _plans(bench: Workbench, controller: Controller) -> Sequence[Plan]:

@@ -1,6 +1,7 @@
 """Channels followed through operators: what may be cut, and that a cut model is the one with zeros in its place."""
 
 from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import onnxruntime
@@ -12,6 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from autocomp.capabilities import Numerics
 from autocomp.compress import export_onnx, run, trace
+from autocomp.compress.einsum import matrix_product
 from autocomp.compress.surgery import kept_positions, masked, rebuild, slice_tensors, tensors_of
 from autocomp.compress.tracing import Traced
 from autocomp.engines import emit, load_template
@@ -106,7 +108,11 @@ class Windows(nn.Module):
         mask = x.new_zeros(4, 4)
         mask[:2, 2:] = -5.0
         q, k, v = self.qkv(x).reshape(x.shape[0], 4, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind()
-        scores = F.normalize(q, dim=-1) @ k.mT + self.table[self.index].view(4, 4, -1).permute(2, 0, 1)[None] + mask
+        scores = (
+            torch.einsum("b h i d, b h j d -> b h i j", F.normalize(q, dim=-1), k)
+            + self.table[self.index].view(4, 4, -1).permute(2, 0, 1)[None]
+            + mask
+        )
         x = x + self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(x.shape[0], 4, 12))
         return self.head(x.mean(1))
 
@@ -214,6 +220,20 @@ def test_what_is_computed_from_parameters_is_a_parameter() -> None:
     torch.testing.assert_close(tensors["normed.weight"], model.normed.weight)  # type: ignore[arg-type]
     with torch.no_grad():
         torch.testing.assert_close(run(traced.module, batch), model(batch), rtol=1e-4, atol=1e-5)
+
+
+def test_sums_over_products_are_products_of_matrices() -> None:
+    size = dict(zip("bhijk", range(2, 7), strict=True))
+    for lead, left, right, out in product(("", "b", "bh"), ("ik", "ki"), ("kj", "jk"), ("ij", "ji")):
+        for operands in ((lead + left, lead + right), (lead + right, lead + left)):
+            equation = f"{operands[0]}, {operands[1]} -> {lead + out}"
+            values = [torch.randn([size[letter] for letter in operand]) for operand in operands]
+            sides = matrix_product(equation)
+            assert sides is not None
+            one, other = (values[side.operand].mT if side.turned else values[side.operand] for side in sides)
+            torch.testing.assert_close(one @ other, torch.einsum(equation, *values))
+    others = ["bi,bj->bij", "bii,bij->bij", "bij,jk->bik", "...ij,...jk->...ik", "bij,bij->bij", "bik,bkj->bi"]
+    assert {matrix_product(equation) for equation in (*others, "bij->bji", "bhij,hbjk->bhik", "ij,jk")} == {None}
 
 
 class Sorted(nn.Module):

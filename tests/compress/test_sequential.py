@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocomp.compress import Traced, compress, run, sequential, trace
+from autocomp.compress import Traced, compress, prune, run, sequential, trace
 from autocomp.compress.sequential import solve_in_sequence
 from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
 from autocomp.policy import Policy, Recipe
@@ -132,6 +132,10 @@ def test_trials_solve_in_sequence_where_a_branch_goes_and_only_there(
         equal, unequal = (tensors(policy, replace(SEQUENTIAL, reconstruction=kind)) for kind in (same, other))  # type: ignore[arg-type]
         assert all(np.array_equal(found[name], equal[name]) for name in equal)
         assert not all(np.array_equal(found[name], unequal[name]) for name in unequal)
+    # A model so large that a pass over four images would take more than all the rest keeps the closed form.
+    monkeypatch.setattr(prune, "SEQUENCE_MACS", 4 * graph.macs(Policy()) - 1)
+    found, closed = (tensors(dropping, replace(automatic, reconstruction=kind)) for kind in ("auto", "closed_form"))
+    assert all(np.array_equal(found[name], closed[name]) for name in closed)
 
 
 def test_samples_fewer_than_twice_the_features_are_not_followed() -> None:

@@ -5,11 +5,16 @@ from math import prod
 
 import pytest
 
+from autocomp.capabilities import Capabilities
 from autocomp.graph import LayerGraph
-from autocomp.hardware import HardwareProfile, Kernel, KernelTime, kernels_of
-from autocomp.policy import INT8, Policy
-from autocomp.study.explain import effects_of
+from autocomp.hardware import HardwareProfile, Kernel, KernelTime, Predictor, kernels_of
+from autocomp.policy import FP32, INT8, Policy
+from autocomp.results import Score, TrialResult
+from autocomp.space import SearchSpace
+from autocomp.study.explain import effects_of, without_slow_types
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
+from autocomp.study.study import FixedList
+from autocomp.study.undoing import Undoing
 from tests.graphs import residual_net
 
 BATCH = 8
@@ -80,3 +85,37 @@ def test_a_profile_that_holds_too_little_says_nothing() -> None:
     thin = HardwareProfile("box", "runtime 1", 1, date(2026, 1, 31), True)
     (effect,) = effects_of(GRAPH, Policy(precisions={"stem": INT8}), BATCH, None, thin)
     assert effect.saved_ms is None
+
+
+def test_the_last_proposals_take_back_int8_where_it_is_slower() -> None:
+    """The best found with the head in float, which int8 slows down, and nothing else changed; then the list goes on."""
+    whole = SearchSpace("test", kept=(1.0, 0.5), precisions=(FP32, INT8))
+    space, never = (
+        chosen.restrict(GRAPH, Capabilities((FP32, INT8)))
+        for chosen in (whole, SearchSpace("test", kept=(1.0, 0.5), precisions=(INT8,)))
+    )
+    listed = [
+        Policy({"blocks.0.a": 8}, precisions=INTEGER),
+        Policy(precisions=INTEGER),
+        Policy(),
+        Policy({"blocks.1.a": 8}),
+    ]
+    single = [Policy(precisions={n: p for n, p in INTEGER.items() if n != name}) for name in ("", *INTEGER)]
+    pruned = [Policy({"blocks.0.a": 8}, precisions=policy.precisions) for policy in single]
+    predictor = Predictor(profile_of(GRAPH, *listed, *single, *pruned))
+
+    def undone(policy: Policy) -> Policy:
+        return without_slow_types(space, policy, BATCH, predictor)
+
+    controller, asked = Undoing(FixedList(listed), undone, trials=5, last=2), []
+    for _ in range(5):
+        wave = controller.ask(2)
+        asked += wave
+        controller.tell([
+            TrialResult(n, "search", policy, "ok", (-0.1,), 1.0 + n, Score(1.0 + n, 0.9, 10))
+            for n, policy in enumerate(wave, len(asked) - len(wave))
+        ])  # fmt: skip
+    floats = {name: INT8 for name in INTEGER if name != "head"}
+    better = [Policy({"blocks.0.a": 8}, precisions=floats), Policy(precisions=floats)]
+    assert asked == [*listed[:3], *better, listed[3]]
+    assert without_slow_types(never, listed[1], BATCH, predictor) == listed[1]  # there is no float to go back to
