@@ -144,16 +144,18 @@ def compress(
             positions = kept_positions(traced.graph, pruned.kept)
             found = factorized(traced.graph, policy, tensors_of(module), statistics.moments, positions)
             module = rebuild(source, graph, found, pruned.branches)
-            between = [value for value in plan.observed if value not in observed]
-            if ranges is not None:
-                held_out, logits = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
-                ranges = {**ranges, **observe(module, graph, between, recipe, held_out, logits).ranges}
     tensors = arrays_of(tensors_of(module))
     sparse = sparse_weights(graph, plain, tensors)
     if sparse:
         tensors |= sparse
         found = tensors_of(module) | {name: torch.from_numpy(weight) for name, weight in sparse.items()}
         module = rebuild(source, graph, found, pruned.branches)
+    # Values within pairs were not there yet, and weights that lost their smaller half change all that follows.
+    unseen = [value for value in plan.observed if sparse or value not in observed]
+    if ranges is not None and unseen:
+        with clock("observe"):
+            held_out, logits = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
+            ranges = {**ranges, **observe(module, graph, unseen, recipe, held_out, logits).ranges}
     quantized: Quantized | None = None
     if ranges is not None:
         with clock("quantize"):
