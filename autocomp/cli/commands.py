@@ -300,7 +300,8 @@ def measure(
         predicted = not make_backend(spec).measures
         estimate = api.measure(file, spec, reference, statistic)
     if json:
-        print_json({**estimate.to_json(), "predicted": predicted, "batch": spec.batch, "threads": spec.threads})
+        asked = {"predicted": predicted, "batch": spec.batch, "threads": spec.threads}
+        print_json({"copies": None, **estimate.to_json(), **asked})
     else:
         print_estimate(estimate, console(sys.stdout), predicted=predicted, compared=reference is not None)
 
