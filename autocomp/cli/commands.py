@@ -126,6 +126,7 @@ def search(
     calibration_images: CalibrationImages = None,
     search_images: Annotated[Whole, typer.Option(help="images that score each trial [2048]")] = None,
     selection_images: Annotated[Whole, typer.Option(help="images that choose the finalists' order [2048]")] = None,
+    ranges: Annotated[Text, typer.Option(help="of int8 values: minmax, percentile, entropy or mse [minmax]")] = None,
     out: Annotated[Text, typer.Option(help="run folder [runs/TIME-MODEL-BUDGET]")] = None,
     config: Config = None,
     json: AsJson = None,

@@ -13,7 +13,7 @@ from autocomp.capabilities import Numerics
 from autocomp.compress.arrays import arrays_of
 from autocomp.compress.low_rank import factorized, paired
 from autocomp.compress.ordering import select
-from autocomp.compress.prune import OBSERVED_IMAGES, Clock, observe, prune
+from autocomp.compress.prune import Clock, observe, observed_images, prune
 from autocomp.compress.quantize import Quantized, params_of, quantize
 from autocomp.compress.sparsity import sparse_weights
 from autocomp.compress.statistics import Statistics, check_images
@@ -154,8 +154,9 @@ def compress(
     unseen = [value for value in plan.observed if sparse or value not in observed]
     if ranges is not None and unseen:
         with clock("observe"):
-            held_out, logits = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
-            ranges = {**ranges, **observe(module, graph, unseen, recipe, held_out, logits).ranges}
+            seen = observed_images(recipe)
+            found_anew = observe(module, graph, unseen, recipe, images[-seen:], statistics.logits[-seen:])
+            ranges = {**ranges, **found_anew.ranges}
     quantized: Quantized | None = None
     if ranges is not None:
         with clock("quantize"):
