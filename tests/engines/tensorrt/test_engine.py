@@ -192,6 +192,17 @@ def test_a_run_that_fails_is_an_error(parts: Any, resnet8: Case) -> None:
             engine.run(resnet8.images)
 
 
+def test_the_names_in_use_are_those_of_the_package() -> None:
+    """What stands in for the runtime here, and the rest of what an engine asks it for."""
+    real = pytest.importorskip("tensorrt_rtx_bindings", reason="not installed: pip install 'autocomp[tensorrt-rtx]'")
+    asked = {name for name in vars(Plan) if not name.startswith("_")}
+    known = {*dir(real.ICudaEngine), *dir(real.IExecutionContext)}
+    assert asked <= known and {"create_engine_inspector", "profiler"} <= known
+    assert hasattr(real.Runtime, "deserialize_cuda_engine") and hasattr(real.TensorIOMode, "INPUT")
+    assert hasattr(real.EngineInspector, "get_engine_information") and hasattr(real.LayerInformationFormat, "JSON")
+    assert hasattr(real.IProfiler, "report_layer_time") and hasattr(real.ProfilingVerbosity, "DETAILED")
+
+
 def test_a_plan_that_is_refused_is_an_error(parts: Any) -> None:
     flavour, _, cuda = parts
     with pytest.raises(EngineError, match="tensorrt cannot load the engine"):
