@@ -71,6 +71,7 @@ class SearchConfig:
         mean, std: of the data's channels; None for the source's own.
         size: side of the square input in pixels; None for the source's own.
         calibration_images, search_images, selection_images: drawn for each split, at most.
+        ranges: of int8 values: ``minmax``, ``percentile``, ``entropy`` as TensorRT's calibrator took them, or ``mse``.
         front: one search a budget from 0.25x to 0.9x, instead of one under ``budget``.
         metric: ``kl``, or ``package.module:function``.
         json: print one JSON object instead of the table.
@@ -110,6 +111,7 @@ class SearchConfig:
     calibration_images: int = 1024
     search_images: int = 2048
     selection_images: int = 2048
+    ranges: str = "minmax"
     front: bool = False
     metric: str = "kl"
     json: bool = False

@@ -9,6 +9,7 @@ from autocomp.policy import Policy
 __all__ = [
     "Block",
     "Contest",
+    "Copies",
     "Entrant",
     "Interval",
     "LatencyEstimate",
@@ -105,6 +106,19 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class Copies:
+    """What moving a batch takes beside a run, medians, from memory of the host that is not pinned.
+
+    Attributes:
+        to_device_ms: of the images.
+        from_device_ms: of the logits.
+    """
+
+    to_device_ms: float
+    from_device_ms: float
+
+
+@dataclass(frozen=True, slots=True)
 class LatencyEstimate:
     """A latency statistic with bounds.
 
@@ -116,6 +130,7 @@ class LatencyEstimate:
         samples: runs of the candidate behind it.
         rejected: blocks rejected for drift.
         p50_ms, reference_p50_ms: medians of the candidate and of the uncompressed engine, whatever the statistic.
+        copies: of the candidate, which no latency holds; None where it was not asked, or reads the host's memory.
     """
 
     statistic: str
@@ -126,14 +141,17 @@ class LatencyEstimate:
     rejected: int = 0
     p50_ms: float | None = None
     reference_p50_ms: float | None = None
+    copies: Copies | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without `copies` where there are none."""
+        return {key: value for key, value in asdict(self).items() if key != "copies" or value is not None}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         intervals = {key: Interval.from_json(data[key]) for key in ("latency_ms", "reference_ms", "ratio")}
-        return cls(**{**data, **intervals})
+        copies = Copies(**data["copies"]) if data.get("copies") else None
+        return cls(**{**data, **intervals, "copies": copies})
 
 
 @dataclass(frozen=True, slots=True)

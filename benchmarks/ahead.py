@@ -23,7 +23,7 @@ from autocomp.engines.tensorrt import TensorRtBackend, prepare
 from autocomp.models.zoo import CifarResNet
 from autocomp.policy import FP32, INT8, Policy
 from benchmarks.common import save, show
-from benchmarks.gpu import FP16, Network
+from benchmarks.gpu.networks import FP16, Network
 
 BATCH = 32
 

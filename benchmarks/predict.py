@@ -13,11 +13,13 @@ have random weights, batch 1.
 import argparse
 import random
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
+from itertools import zip_longest
+from math import inf
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from scipy.stats import spearmanr
 
 from autocomp.config import SearchConfig
 from autocomp.engines import compare, estimate
+from autocomp.errors import EngineError
 from autocomp.hardware import HardwareProfile, Predictor, kernels_of
 from autocomp.policy import Policy
 from autocomp.results import TimingProtocol
@@ -57,23 +60,23 @@ class Level:
         return sum(self.generator.random() < self.share for _ in decision.options[1:])
 
 
-def config(case: str, work: Path, engine: str) -> SearchConfig:
+def config(case: str, work: Path) -> SearchConfig:
     if case in HALF_CASES:
         return SearchConfig(
-            model=f"torchvision:{case}", data="random:3x224x224", budget=("0.5x",), batch=1, engine=engine,
+            model=f"torchvision:{case}", data="random:3x224x224", budget=("0.5x",), batch=1,
             calibration_images=32, search_images=32, selection_images=32,
         )  # fmt: skip
     weights = shared() / "weights" / f"cifar10_{case}.safetensors"
     return SearchConfig(
         model=f"zoo:{case}", weights=str(weights), data=f"npz:{cifar10(work)}", budget=("0.5x",), batch=32,
-        engine=engine, calibration_images=256,
+        calibration_images=256,
     )  # fmt: skip
 
 
 def stratified(
     space: PolicySpace, predictor: Predictor, batch: int, count: int, edges: Sequence[float]
 ) -> list[tuple[Policy, float]]:
-    """Policies with their predicted ratios, equally many from between each two edges; none twice."""
+    """Policies with their predicted ratios, equally many from between each two edges, in turn; none twice."""
     generator = random.Random(1234)  # not the seed of the survey's own candidates
     whole = predictor.engine(kernels_of(space.graph, Policy(), batch).values()).ms
     found: list[dict[Policy, float]] = [{} for _ in edges[1:]]
@@ -85,7 +88,8 @@ def stratified(
             found[place][policy] = ratio
         if all(len(part) == count // len(found) for part in found):
             break
-    return [entry for part in found for entry in part.items()]
+    turns = zip_longest(*(part.items() for part in found))
+    return [entry for turn in turns for entry in turn if entry is not None]
 
 
 def measured(subject: Subject, policy: Policy) -> float:
@@ -99,29 +103,50 @@ def measured(subject: Subject, policy: Policy) -> float:
 
 
 def one(
-    case: str, work: Path, engine: str, seconds: float, count: int, edges: Sequence[float] = SPREAD
+    config: SearchConfig,
+    engine: str,
+    seconds: float,
+    count: int,
+    edges: Sequence[float] = SPREAD,
+    deadline: float = inf,
+    keep: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    bench = prepare(config(case, work, engine), lambda event: None)
+    """Predictions by a profile that is measured from nothing, and measurements.
+
+    Args:
+        config: of the model and what may be chosen.
+        seconds: for the profile.
+        count: policies to measure, at most.
+        edges: of the ranges of predicted ratios from which equally many are taken.
+        deadline: by `time.monotonic`, after which no policy is begun.
+        keep: is given the figures after every policy from the second on.
+    """
+    bench = prepare(replace(config, engine=engine), lambda event: None)
     with bench.backend.build(bench.reference) as reference:
         subject = subject_of(bench, reference)
         if subject is None:
-            raise SystemExit(f"the kernels of {case} cannot be told apart")
+            raise EngineError(f"the kernels of {config.model} cannot be told apart: choose another model")
         begun = perf_counter()
         empty = HardwareProfile.of(bench.backend.device, date.today(), str(PROTOCOL))
         profile = survey(subject, empty, seconds, 10_000, lambda step: None)
-        spent = perf_counter() - begun
-        predictor = Predictor(profile)
-        drawn = stratified(bench.space, predictor, bench.spec.batch, count, edges)
-        twice = np.array([[measured(subject, policy) for _ in range(2)] for policy, _ in drawn])
-    return {
-        "engine": bench.backend.device.engine,
-        "profile_s": round(spent, 1),
-        "engines": len(profile.engines),
-        "kernels": len(profile.kernels),
-        "policies": len(drawn),
-        **figures(np.array([ratio for _, ratio in drawn]), twice),
-        "pairs": [[round(ratio, 4), *np.round(row, 4).tolist()] for (_, ratio), row in zip(drawn, twice, strict=True)],
-    }
+        row: dict[str, Any] = {
+            "engine": bench.backend.device.engine,
+            "profile_s": round(perf_counter() - begun, 1),
+            "engines": len(profile.engines),
+            "kernels": len(profile.kernels),
+        }
+        predicted, twice = list[float](), list[list[float]]()
+        for policy, ratio in stratified(bench.space, Predictor(profile), bench.spec.batch, count, edges):
+            if monotonic() > deadline:
+                break
+            predicted.append(ratio)
+            twice.append([measured(subject, policy) for _ in range(2)])
+            if len(twice) > 1:
+                row |= {"policies": len(twice), **figures(np.array(predicted), np.array(twice))}
+                pairs = zip(predicted, twice, strict=True)
+                row["pairs"] = [[round(first, 4), *np.round(others, 4).tolist()] for first, others in pairs]
+                keep(row)
+    return row
 
 
 def figures(predicted: np.ndarray, twice: np.ndarray) -> dict[str, float]:
@@ -162,7 +187,7 @@ def main() -> None:
         for case in args.case or (HALF_CASES if args.half else SPREAD_CASES):
             name = f"{case}, {args.engine}"
             edges, count = (HALF, args.policies or HALVES) if args.half else (SPREAD, args.policies or POLICIES)
-            row = one(case, work, args.engine, args.seconds, count, edges)
+            row = one(config(case, work), args.engine, args.seconds, count, edges)
             show("predicted against measured latency ratio", COLUMNS, table({name: row}))
             print(f"written: {save('half' if args.half else 'predict', {name: row})}")
 

@@ -30,6 +30,7 @@ from autocomp.study.run import Run
         (["--budget", "fast"], "fast"),
         (["--budget", "2x"], "0.5x"),
         (["--controller", "oracle"], "oracle"),
+        (["--ranges", "loud"], "loud"),
         (["--executor", "cloud"], "cloud"),
         (["--finetune-epochs", "-1"], "finetune-epochs"),
         (["--executor", "ray", "--address", "127.0.0.1:9"], "no Ray cluster answers at 127.0.0.1:9"),

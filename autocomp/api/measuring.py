@@ -8,7 +8,7 @@ from typing import Any
 
 from autocomp.api.common import of_live_objects, refuse_filled, silent
 from autocomp.config import SearchConfig, default_folder, read_config
-from autocomp.engines import BackendSpec, compare, device_lock, estimate, make_backend, open_engine
+from autocomp.engines import BackendSpec, compare, copies_of, device_lock, estimate, make_backend, open_engine
 from autocomp.errors import EngineError, InputError, RunError
 from autocomp.outcome import Note, Observer
 from autocomp.report import write_sensitivity
@@ -72,7 +72,7 @@ def measure(onnx: Path, spec: BackendSpec, reference: Path | None = None, statis
     with engines[0] as candidate, engines[1] as other:
         with device_lock(backend.device):
             timing = compare(candidate, other, protocol)
-        return estimate(timing, statistic)
+        return replace(estimate(timing, statistic), copies=copies_of(candidate))
 
 
 def debug_accuracy(

@@ -126,6 +126,7 @@ def search(
     calibration_images: CalibrationImages = None,
     search_images: Annotated[Whole, typer.Option(help="images that score each trial [2048]")] = None,
     selection_images: Annotated[Whole, typer.Option(help="images that choose the finalists' order [2048]")] = None,
+    ranges: Annotated[Text, typer.Option(help="of int8 values: minmax, percentile, entropy or mse [minmax]")] = None,
     out: Annotated[Text, typer.Option(help="run folder [runs/TIME-MODEL-BUDGET]")] = None,
     config: Config = None,
     json: AsJson = None,
@@ -300,7 +301,8 @@ def measure(
         predicted = not make_backend(spec).measures
         estimate = api.measure(file, spec, reference, statistic)
     if json:
-        print_json({**estimate.to_json(), "predicted": predicted, "batch": spec.batch, "threads": spec.threads})
+        asked = {"predicted": predicted, "batch": spec.batch, "threads": spec.threads}
+        print_json({"copies": None, **estimate.to_json(), **asked})
     else:
         print_estimate(estimate, console(sys.stdout), predicted=predicted, compared=reference is not None)
 

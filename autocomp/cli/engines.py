@@ -56,7 +56,7 @@ def doctor(json: AsJson = None) -> None:
 
 def build(
     file: Annotated[Path, typer.Argument(help="ONNX model, with symmetric int8 where it is quantized")],
-    engine: Annotated[str, typer.Option(help="tensorrt or tensorrt-rtx")] = "tensorrt-rtx",
+    engine: Annotated[Text, typer.Option(help="tensorrt or tensorrt-rtx [what is installed]")] = None,
     hardware: Hardware = None,
     batch: Batch = None,
     batches: Annotated[Text, typer.Option(help="numbers of images that the engine takes, as 1-32 [--batch]")] = None,
@@ -70,8 +70,9 @@ def build(
 ) -> None:
     """Build a TensorRT engine; for a GPU that is not here name its compute capability, as --hardware sm89."""
     from autocomp.engines import BackendSpec
-    from autocomp.engines.tensorrt import FLAVOURS, CalibrationCache, TensorRtBackend, with_scales
+    from autocomp.engines.tensorrt import FLAVOURS, CalibrationCache, TensorRtBackend, first_installed, with_scales
 
+    engine = engine or first_installed(ahead=hardware is not None)
     if engine not in FLAVOURS:
         raise InputError(f"the engine {engine} keeps no engine files: use {' or '.join(FLAVOURS)}")
     if not file.is_file():

@@ -13,7 +13,7 @@ from autocomp.capabilities import Numerics
 from autocomp.compress.arrays import arrays_of
 from autocomp.compress.low_rank import factorized, paired
 from autocomp.compress.ordering import select
-from autocomp.compress.prune import OBSERVED_IMAGES, Clock, observe, prune
+from autocomp.compress.prune import Clock, observe, observed_images, prune
 from autocomp.compress.quantize import Quantized, params_of, quantize
 from autocomp.compress.sparsity import sparse_weights
 from autocomp.compress.statistics import Statistics, check_images
@@ -144,16 +144,19 @@ def compress(
             positions = kept_positions(traced.graph, pruned.kept)
             found = factorized(traced.graph, policy, tensors_of(module), statistics.moments, positions)
             module = rebuild(source, graph, found, pruned.branches)
-            between = [value for value in plan.observed if value not in observed]
-            if ranges is not None:
-                held_out, logits = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
-                ranges = {**ranges, **observe(module, graph, between, recipe, held_out, logits).ranges}
     tensors = arrays_of(tensors_of(module))
     sparse = sparse_weights(graph, plain, tensors)
     if sparse:
         tensors |= sparse
         found = tensors_of(module) | {name: torch.from_numpy(weight) for name, weight in sparse.items()}
         module = rebuild(source, graph, found, pruned.branches)
+    # Values within pairs were not there yet, and weights that lost their smaller half change all that follows.
+    unseen = [value for value in plan.observed if sparse or value not in observed]
+    if ranges is not None and unseen:
+        with clock("observe"):
+            seen = observed_images(recipe)
+            found_anew = observe(module, graph, unseen, recipe, images[-seen:], statistics.logits[-seen:])
+            ranges = {**ranges, **found_anew.ranges}
     quantized: Quantized | None = None
     if ranges is not None:
         with clock("quantize"):

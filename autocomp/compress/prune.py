@@ -25,7 +25,7 @@ from autocomp.compress.tracing import Traced
 from autocomp.graph import Branch, LayerGraph
 from autocomp.policy import Policy, Recipe
 
-__all__ = ["OBSERVED_IMAGES", "Clock", "Observation", "Pruned", "observe", "prune"]
+__all__ = ["Clock", "Observation", "Pruned", "observe", "observed_images", "prune"]
 
 # Images behind renewed batch norm statistics, and those (others, where there are enough) that ranges and divergence
 # come from: a few hundred settle both, and every trial pays for them.
@@ -110,8 +110,8 @@ def prune(
 
     def look(candidate: fx.GraphModule) -> Observation:
         with clock("observe"):
-            held_out, reference = images[-OBSERVED_IMAGES:], statistics.logits[-OBSERVED_IMAGES:]
-            return observe(candidate, graph, observed, recipe, held_out, reference)
+            seen = observed_images(recipe)
+            return observe(candidate, graph, observed, recipe, images[-seen:], statistics.logits[-seen:])
 
     before = after = None
     seen: Observation | None = None
@@ -137,6 +137,11 @@ def prune(
     if observed and ranges is None:
         ranges = statistics.ranges if _ranges_kept(policy, recipe) else look(module).ranges
     return Pruned(module, branches, kept, renewed, before, after, ranges if observed else None)
+
+
+def observed_images(recipe: Recipe) -> int:
+    """Calibration images, from their end, that ranges and divergence come from; a histogram's tail needs them all."""
+    return recipe.images if recipe.ranges == "entropy" else OBSERVED_IMAGES
 
 
 @dataclass(frozen=True)

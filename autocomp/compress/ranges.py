@@ -15,6 +15,7 @@ from autocomp.policy import Recipe
 __all__ = ["FEW_IMAGES", "Ranges", "calibration_notes", "entropy_bins", "entropy_range", "least_error_range"]
 
 FEW_IMAGES = 256
+ENTROPY_IMAGES = 1000  # that TensorRT's entropy calibration is used with
 ALIKE = 1e-5  # relative difference of logits that rounding explains
 SAMPLES = 2**18  # kept of one value, whatever the number of images
 BINS = 2048
@@ -79,18 +80,26 @@ class Ranges:
         return float(low), float(high)
 
 
-def calibration_notes(graph: LayerGraph, ranges: Mapping[str, Bounds], logits: Tensor) -> tuple[str, ...]:
+def calibration_notes(
+    graph: LayerGraph, ranges: Mapping[str, Bounds], logits: Tensor, method: str = "minmax"
+) -> tuple[str, ...]:
     """What a user should know of the calibration: too few images, or all alike, layers whose output never changes.
 
     Args:
         ranges: value -> its bounds on the calibration images.
         logits: of the unpruned model on them, (images, classes).
+        method: by which the ranges were taken.
     """
     notes = []
     if len(logits) < FEW_IMAGES:
         notes.append(
             f"only {len(logits)} calibration images: ranges of int8 and corrections are uncertain below {FEW_IMAGES}, "
             "give more data"
+        )
+    elif method == "entropy" and len(logits) < ENTROPY_IMAGES:
+        notes.append(
+            f"entropy calibration on {len(logits)} images: TensorRT's is used with {ENTROPY_IMAGES:,} at least, give "
+            "more data or a larger --calibration-images"
         )
     spread = float((logits.amax(0) - logits.amin(0)).max())
     if len(logits) > 1 and spread <= ALIKE * float(logits.abs().max()):

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from autocomp.capabilities import Numerics
 from autocomp.compress.apply import Compressed
 from autocomp.compress.arrays import arrays_of
-from autocomp.compress.prune import OBSERVED_IMAGES, observe
+from autocomp.compress.prune import observe, observed_images
 from autocomp.compress.quantize import Quantized, assemble, quantize
 from autocomp.compress.surgery import rebuild, tensors_of
 from autocomp.errors import CompressError
@@ -49,7 +49,8 @@ def quantize_tuned(
     if not plan.observed:
         arrays = arrays_of(tensors_of(module))
         return replace(pruned, policy=policy, module=module, tensors=arrays, plan=plan, numerics=numerics)
-    seen = observe(module, graph, plan.observed, recipe, images[-OBSERVED_IMAGES:], reference[-OBSERVED_IMAGES:])
+    count = observed_images(recipe)
+    seen = observe(module, graph, plan.observed, recipe, images[-count:], reference[-count:])
     quantized = quantize(
         module,
         lambda found: rebuild(module, graph, found),

@@ -1,7 +1,7 @@
 """Engines: typed ONNX from a policy, backends that run it, and timing. Importing this loads no runtime."""
 
 from autocomp.engines.attribution import by_graph_value
-from autocomp.engines.backends import BACKENDS, BackendSpec, make_backend, open_engine
+from autocomp.engines.backends import BACKENDS, BackendSpec, copies_of, make_backend, open_engine
 from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
 from autocomp.engines.onnx_graph import emit
@@ -18,6 +18,7 @@ __all__ = [
     "by_graph_value",
     "clear_of",
     "compare",
+    "copies_of",
     "device_lock",
     "emit",
     "estimate",

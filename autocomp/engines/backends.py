@@ -7,8 +7,9 @@ from typing import Any, Self
 
 from autocomp.errors import ConfigError, EngineError
 from autocomp.protocols import Backend, Engine
+from autocomp.results import Copies
 
-__all__ = ["BACKENDS", "BackendSpec", "make_backend", "open_engine"]
+__all__ = ["BACKENDS", "BackendSpec", "copies_of", "make_backend", "open_engine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,12 @@ def open_engine(backend: Backend, path: Path) -> Engine:
     if load is None:
         raise EngineError(f"{path} is an engine of TensorRT: give --engine tensorrt or tensorrt-rtx")
     return load(path)
+
+
+def copies_of(engine: Engine) -> Copies | None:
+    """What an engine's copies between host and device take; None where it reads the host's memory."""
+    take: Callable[[], Copies] | None = getattr(engine, "copies", None)
+    return None if take is None else take()
 
 
 def _onnxruntime(spec: BackendSpec) -> Backend:

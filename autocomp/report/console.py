@@ -243,6 +243,9 @@ def print_estimate(estimate: LatencyEstimate, console: Console, *, predicted: bo
         ratio = estimate.ratio
         lines.append(f"reference: {milliseconds(estimate.reference_ms).line} ms")
         lines.append(f"ratio: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})")
+    if estimate.copies is not None:
+        there, back = estimate.copies.to_device_ms, estimate.copies.from_device_ms
+        lines.append(f"beside that, copies to the device {there:.3f} ms and back {back:.3f} ms")
     lines.append(f"runs: {estimate.samples}, blocks rejected for drift: {estimate.rejected}")
     for line in lines:
         console.print(Text(line), soft_wrap=True)

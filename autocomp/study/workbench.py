@@ -200,7 +200,8 @@ def prepare(
     capabilities = backend.capabilities()
     base = _reference_policy(config, traced.graph, capabilities)
     space = choices.restrict(traced.graph, capabilities)
-    recipe, finishing = _recipes(config, splits) if recipe is None else (recipe, recipe)
+    calibrated = min(config.calibration_images, len(splits.calibration))
+    recipe, finishing = _recipes(config, calibrated) if recipe is None else (recipe, recipe)
     refuse_larger(model.spec, footprint(traced.graph, recipe.images))
     observer(Phase("statistics"))
     images = first_images(splits.calibration, recipe.images)
@@ -217,15 +218,19 @@ def prepare(
                 f"the file of this model is exported in float32: leave out --reference {config.reference}"
             )
         reference = emitter.emit(emitter.finish(base))
-    notes = (*traced.notes, *calibration_notes(traced.graph, statistics.ranges, statistics.logits), *notes)
+    notes = (
+        *traced.notes,
+        *calibration_notes(traced.graph, statistics.ranges, statistics.logits, recipe.ranges),
+        *notes,
+    )
     made = (config, model, splits, traced, space, spec, backend, emitter, recipe, finishing, base)
     return Workbench(*made, reference, images, statistics, notes)
 
 
-def _recipes(config: SearchConfig, splits: Splits) -> tuple[Recipe, Recipe]:
+def _recipes(config: SearchConfig, images: int) -> tuple[Recipe, Recipe]:
     """For trials, in milliseconds a policy that drops no branch, and for finalists, in seconds."""
-    images = min(config.calibration_images, len(splits.calibration))
-    finishing = Recipe(seed=config.seed, images=images, reconstruction="sequential")
+    ranges: Any = config.ranges
+    finishing = Recipe(seed=config.seed, images=images, reconstruction="sequential", ranges=ranges)
     return replace(finishing, reconstruction="auto", rounding="nearest"), finishing
 
 
@@ -240,6 +245,7 @@ def _refuse_unknown_names(config: SearchConfig) -> None:
         raise ConfigError(f"unknown controller {config.controller!r}: use {', '.join(CONTROLLERS)}")
     load_metric(config.metric)
     _precision(config.reference)
+    _recipes(config, config.calibration_images)
 
 
 def _precision(name: str) -> Precision:

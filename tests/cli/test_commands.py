@@ -4,13 +4,14 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from autocomp.config import SearchConfig
 from autocomp.errors import AutocompError, ModelError
+from autocomp.results import Copies
 from tests.cli.fake import ROOT, FakeApi, estimate, run, sensitivity
 
 
@@ -44,7 +45,12 @@ def test_measure_prints_bounds_or_json(
     assert api.calls[-1][3:] == (Path("b.onnx"), "p95")
     assert run("measure", "a.onnx", "--json") == 0
     printed = json.loads(capfd.readouterr().out)
-    assert printed == {**estimate(0.5).to_json(), "predicted": False, "batch": 1, "threads": 1}
+    assert printed == {**estimate(0.5).to_json(), "copies": None, "predicted": False, "batch": 1, "threads": 1}
+    api.outcome = replace(estimate(0.5), copies=Copies(0.25, 0.125))
+    assert run("measure", "a.onnx", "--json") == 0
+    assert json.loads(capfd.readouterr().out)["copies"] == {"to_device_ms": 0.25, "from_device_ms": 0.125}
+    assert run("measure", "a.onnx") == 0
+    assert "beside that, copies to the device 0.250 ms and back 0.125 ms" in capfd.readouterr().out
     documented = (ROOT / "docs" / "json.md").read_text().split("## `measure`")[1]
     assert all(f"`{name}`" in documented for name in printed)
 

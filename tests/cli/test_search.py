@@ -34,14 +34,14 @@ def test_flags_reach_the_search(api: FakeApi) -> None:
         "--threads 2 --batch 8 --space int8 --controller random --trials 5 --baseline-trials 0 --seed 3 "
         "--executor ray --address auto --workers 3 --gpus-per-worker 0.5 --target-resource board "
         "--finetune-epochs 4 --finetune-finalists 5 --finalists 2 --wave 6 --metric kl --mean 0.5,0.4 --std 1,0.9 "
-        "--size 64 --calibration-images 10 --search-images 20 --selection-images 30 --out here"
+        "--size 64 --calibration-images 10 --search-images 20 --selection-images 30 --ranges entropy --out here"
     )
     assert run("search", *flags.split()) == 0
     expected = SearchConfig(
         model="m:f", weights="w.pt", data="d:f", budget=("p95:15ms", "4MB"), engine="simulated", hardware="board",
         threads=2, batch=8, space="int8", controller="random", trials=5, baseline_trials=0, seed=3, finalists=2, wave=6,
         mean=(0.5, 0.4), std=(1.0, 0.9), size=64, calibration_images=10, search_images=20, selection_images=30,
-        finetune_epochs=4, finetune_finalists=5,
+        finetune_epochs=4, finetune_finalists=5, ranges="entropy",
         out="here", executor="ray", address="auto", workers=3, gpus_per_worker=0.5, target_resource="board",
     )  # fmt: skip
     assert api.calls == [("run_search", expected)]

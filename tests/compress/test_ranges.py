@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 
 from autocomp.capabilities import Numerics
-from autocomp.compress import calibration_notes, collect
+from autocomp.compress import calibration_notes, collect, compress
 from autocomp.compress.ranges import BINS, SAMPLES, Ranges, entropy_bins, entropy_range, least_error_range
-from autocomp.policy import Recipe
+from autocomp.policy import INT8, Policy, Recipe
 from autocomp.quantization import activation_params
 from tests.compress.conftest import UNSIGNED, Case
+from tests.compress.nets import images
 
 
 def migacz(counts: NDArray[np.float64], levels: int, stride: int) -> int:
@@ -127,11 +128,31 @@ def test_a_constant_value_keeps_its_number(chain: Case, method: str, value: floa
     assert error(np.full(3, value), low, high, UNSIGNED) <= 1e-4 * value**2 + 1e-12
 
 
+def test_entropy_is_of_all_calibration_images(chain: Case) -> None:
+    """Also where a pruned model is looked at anew, for which other methods take the last ones alone."""
+    loud, quiet = 4 * images(200, 8), images(136, 8, seed=1)
+    calibration = torch.cat([loud, quiet])
+    recipe = Recipe(reconstruction="sequential", ranges="entropy", images=len(calibration))
+    graph = chain.traced.graph
+    first = graph.nodes[0].name
+    group = next(group for group in graph.groups if group.name == graph.layers[0].name)
+    policy = graph.normalise(Policy({group.name: group.channels // 2}, precisions={graph.layers[0].name: INT8}))
+    made = compress(chain.traced, collect(chain.traced, calibration, recipe), policy, recipe, UNSIGNED, calibration)
+    bounds = float(calibration.min()), float(calibration.max())
+    expected = activation_params(*entropy_range(calibration.reshape(-1), bounds), UNSIGNED).scale
+    assert made.params[first].scale == pytest.approx(expected, rel=1e-3)
+    alone = activation_params(*entropy_range(quiet.reshape(-1), (float(quiet.min()), float(quiet.max()))), UNSIGNED)
+    assert made.params[first].scale > 1.5 * alone.scale
+
+
 def test_a_dead_layer_and_few_images_are_told(chain: Case) -> None:
     graph = chain.traced.graph
     notes = calibration_notes(graph, chain.statistics.ranges, torch.randn(255, 4))
     assert len(notes) == 1 and "255 calibration images" in notes[0]
     assert calibration_notes(graph, chain.statistics.ranges, torch.randn(256, 4)) == ()
+    assert calibration_notes(graph, chain.statistics.ranges, torch.randn(1000, 4), "entropy") == ()
+    (few,) = calibration_notes(graph, chain.statistics.ranges, torch.randn(999, 4), "entropy")
+    assert "entropy calibration on 999 images: TensorRT's is used with 1,000 at least" in few
     dead = copy.deepcopy(chain.traced)
     dead.module.get_parameter("conv2.weight").data.zero_()
     dead.module.get_parameter("conv2.bias").data.fill_(-1.5)

@@ -1,5 +1,6 @@
 """2:4 sparsity: the pattern against brute force, the files that carry it, and engines from the builder."""
 
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -93,6 +95,27 @@ def test_the_chosen_layers_carry_the_pattern_and_the_others_do_not(parts: Parts)
     )
     assert structure_digest(file) == structure_digest(skeleton) != structure_digest(dense)
     assert has_sparse_weights(file) and not has_sparse_weights(dense)
+
+
+def test_ranges_are_those_behind_the_pruned_weights(parts: Parts) -> None:
+    """Against the user's model with the pattern written into its own weights."""
+    traced, _, _, images = parts
+    last, minmax = "blocks.1.conv2", replace(RECIPE, ranges="minmax")
+    kinds = {name: SPARSE16 for name in ("blocks.0.conv1", "blocks.0.conv2", "blocks.1.conv1")} | {last: INT8}
+    policy = traced.graph.normalise(Policy(precisions=kinds))
+    found = compress(traced, collect(traced, images, minmax), policy, minmax, NUMERICS, images)
+    model, seen = tiny.model(), []
+    layers = dict(model.named_modules())
+    layers[last].register_forward_pre_hook(lambda _, given: seen.append(given[0].abs().max().item()))
+    with torch.no_grad():
+        model(images)
+        for name in kinds.keys() - {last}:
+            weight = layers[name].weight
+            weight.copy_(torch.from_numpy(halved(weight.numpy())))
+        model(images)
+    graph = traced.graph
+    scale = found.params[graph.node_by_name[graph.layer_by_name[last].node].inputs[0]].scale
+    assert 127 * scale == pytest.approx(seen[1], rel=1e-4) and abs(seen[1] / seen[0] - 1) > 0.01
 
 
 def test_layers_whose_channels_come_in_no_fours_stay_dense(parts: Parts) -> None:

@@ -1,6 +1,7 @@
 """Intervals against simulated truth, drift, and the order of blocks."""
 
 import gc
+import json
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from autocomp.engines import clear_of, compare, estimate, merge
 from autocomp.errors import BudgetError, EngineError
 from autocomp.results import Block, Timing, TimingProtocol
+from tests.engines.replay import TRACES, replayed
 
 RATIO = 0.5
 
@@ -176,6 +178,29 @@ def test_drifted_blocks_are_taken_again_but_not_for_ever() -> None:
     assert (len(steady.blocks), steady.rejected) == (4, 1)
     wild = compare(Scripted([1.0]), Scripted([10.0 * 1.3**n for n in range(50)]), protocol)
     assert len(wild.blocks) + wild.rejected == 8
+
+
+@pytest.mark.parametrize("name", ["steady", "busy", "slowed"])
+def test_recorded_runs_of_one_file_beside_itself_give_a_ratio_of_one(name: str) -> None:
+    """Real traces, of a machine with little to do, with seven other programs on the same processor, and with one that
+    came and went."""
+    timing = replayed(name)
+    assert timing.rejected == json.loads((TRACES / f"{name}.json").read_text())["rejected"]
+    medians = [float(np.median(block.reference_ms)) for block in timing.blocks]
+    assert max(medians) < 1.25 * min(medians)  # within a tenth of the middle one
+    ratio = estimate(timing, "p50").ratio
+    assert ratio.low < 1.0 < ratio.high
+
+
+def test_the_worse_a_recorded_run_the_less_is_claimed() -> None:
+    timings = {name: replayed(name) for name in ("steady", "busy", "slowed")}
+    widths = {name: (found := estimate(timing, "p50").ratio).high - found.low for name, timing in timings.items()}
+    assert widths["steady"] < 0.1 and widths["steady"] < min(widths["busy"], widths["slowed"])
+    assert timings["steady"].rejected < min(timings["busy"].rejected, timings["slowed"].rejected)
+    slow = json.loads((TRACES / "slowed.json").read_text())
+    times = sorted(float(np.median(answer)) for answer in slow["reference"])
+    kept = [float(np.median(block.reference_ms)) for block in timings["slowed"].blocks]
+    assert max(kept) < times[-1] / 1.25  # what the other program slowed is not among them
 
 
 def test_an_engine_without_a_clock_is_refused() -> None:

@@ -17,7 +17,7 @@ def open_cuda(index: int = 0) -> Cuda:
     for load in (_pycuda, _bindings):
         try:
             make = load()
-        except ModuleNotFoundError:
+        except ImportError:  # not installed, or pycuda on a machine without the driver that it is linked to
             continue
         return make(index)
     raise ConfigError("no way to the GPU is installed: pip install cuda-bindings")

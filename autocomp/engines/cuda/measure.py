@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from autocomp.engines.cuda.telemetry import GpuState, Telemetry
 from autocomp.errors import EngineError
+from autocomp.results import Copies
 
-__all__ = ["Clock", "Stopwatch", "unsteady"]
+__all__ = ["Clock", "Stopwatch", "copies", "unsteady"]
 
 SLOWEST_CLOCK = 0.9  # of the highest clock seen under load: below it a sample is thrown away
 _ATTEMPTS = 3
 _PAUSE_S = 5.0
+_COPIES = 20
 
 
 def unsteady(before: GpuState | None, after: GpuState | None, highest_mhz: int) -> str | None:
@@ -31,6 +33,27 @@ def unsteady(before: GpuState | None, after: GpuState | None, highest_mhz: int) 
     if after is not None and after.sm_mhz < SLOWEST_CLOCK * highest_mhz:
         return f"its clock fell to {after.sm_mhz} MHz from {highest_mhz} MHz"
     return None
+
+
+def copies(clock: "Clock", stream: int, upload: Callable[[], object], download: Callable[[], object]) -> Copies:
+    """What both moves take, by events on their own stream.
+
+    Args:
+        upload: enqueues the copy of a batch to the device.
+        download: enqueues, or waits for, the copy of its results from there.
+    """
+    begin, middle, end = (clock.event() for _ in range(3))
+    times = []
+    for _ in range(_COPIES):
+        clock.record(begin, stream)
+        upload()
+        clock.record(middle, stream)
+        download()
+        clock.record(end, stream)
+        clock.synchronize(stream)
+        times.append((clock.elapsed_ms(begin, middle), clock.elapsed_ms(middle, end)))
+    there, back = np.median(np.array(times), axis=0)
+    return Copies(float(there), float(back))
 
 
 class Clock(Protocol):

@@ -8,8 +8,15 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from autocomp.capabilities import DeviceInfo
+from autocomp.engines.remedies import explain, one_line
 
-__all__ = ["Cuda", "GpuInfo"]
+__all__ = ["Cuda", "GpuInfo", "reported"]
+
+
+def reported(error: str) -> str:
+    """What an error of the driver means, and what to do about it."""
+    found = explain(error)
+    return found if found != one_line(error) else f"the GPU reported {found}: see 'autocomp doctor'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +51,8 @@ class GpuInfo:
 
 
 class Cuda(Protocol):
-    """One GPU. Addresses are integers, streams are handles as TensorRT takes them; events belong to the package below.
+    """One GPU. Addresses are integers, streams are handles as TensorRT takes them; events, and what launches a graph,
+    belong to the package below and go when they are dropped.
 
     Every method raises EngineError, with a remedy, where the driver reports an error.
     """
@@ -70,6 +78,10 @@ class Cuda(Protocol):
         ...
 
     def stream(self) -> int: ...
+
+    def release(self, stream: int) -> None:
+        """Give a stream back; nothing runs on it any more."""
+        ...
 
     def event(self) -> Any: ...
 

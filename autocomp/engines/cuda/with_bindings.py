@@ -6,18 +6,20 @@ from typing import Any
 from cuda.bindings import driver
 from numpy.typing import NDArray
 
-from autocomp.engines.cuda.protocol import GpuInfo
+from autocomp.engines.cuda.protocol import GpuInfo, reported
 from autocomp.errors import ConfigError, EngineError
 
 __all__ = ["CudaBindings", "capture_graph"]
 
-_REMEDIES = {
-    "CUDA_ERROR_OUT_OF_MEMORY": "out of GPU memory: give a smaller --batch, or end other programs on the GPU",
-    "CUDA_ERROR_NO_DEVICE": "no CUDA device is found: run 'autocomp doctor' to see what is missing",
-    "CUDA_ERROR_INVALID_DEVICE": "there is no GPU of that number: see 'nvidia-smi'",
-    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the NVIDIA driver does not fit its library: restart after the update",
-    "CUDA_ERROR_INSUFFICIENT_DRIVER": "the NVIDIA driver is too old for this CUDA version: install a newer one",
-}
+
+class _Owned:
+    """A handle of the driver that is destroyed with the object: an engine leaves a graph and hundreds of events."""
+
+    def __init__(self, handle: Any, destroy: Callable[[Any], object]) -> None:
+        self.handle, self._destroy = handle, destroy
+
+    def __del__(self) -> None:
+        self._destroy(self.handle)
 
 
 class CudaBindings:
@@ -60,15 +62,18 @@ class CudaBindings:
     def stream(self) -> int:
         return int(checked(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING)))
 
+    def release(self, stream: int) -> None:
+        checked(driver.cuStreamDestroy(stream))
+
     def event(self) -> Any:
-        return checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DEFAULT))
+        return _Owned(checked(driver.cuEventCreate(driver.CUevent_flags.CU_EVENT_DEFAULT)), driver.cuEventDestroy)
 
     def record(self, event: Any, stream: int) -> None:
-        checked(driver.cuEventRecord(event, stream))
+        checked(driver.cuEventRecord(event.handle, stream))
 
     def elapsed_ms(self, begin: Any, end: Any) -> float:
-        checked(driver.cuEventSynchronize(end))
-        return float(checked(driver.cuEventElapsedTime(begin, end)))
+        checked(driver.cuEventSynchronize(end.handle))
+        return float(checked(driver.cuEventElapsedTime(begin.handle, end.handle)))
 
     def synchronize(self, stream: int) -> None:
         checked(driver.cuStreamSynchronize(stream))
@@ -89,10 +94,11 @@ def capture_graph(stream: int, work: Callable[[], None]) -> Callable[[], None] |
     code, graph = driver.cuStreamEndCapture(stream)
     if failed or code != driver.CUresult.CUDA_SUCCESS:
         return None
-    runnable = checked(driver.cuGraphInstantiate(graph, 0))
+    runnable = _Owned(checked(driver.cuGraphInstantiate(graph, 0)), driver.cuGraphExecDestroy)
+    checked(driver.cuGraphDestroy(graph))
 
     def launch() -> None:
-        checked(driver.cuGraphLaunch(runnable, stream))
+        checked(driver.cuGraphLaunch(runnable.handle, stream))
 
     return launch
 
@@ -101,8 +107,7 @@ def checked(result: tuple[Any, ...]) -> Any:
     """The value of a call. Raises: EngineError with a remedy: the call failed."""
     code, *values = result
     if code != driver.CUresult.CUDA_SUCCESS:
-        name = str(getattr(code, "name", code))
-        raise EngineError(_REMEDIES.get(name, f"the GPU reported {name}: see 'autocomp doctor'"))
+        raise EngineError(reported(str(getattr(code, "name", code))))
     return values[0] if values else None
 
 

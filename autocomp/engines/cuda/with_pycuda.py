@@ -1,12 +1,13 @@
 """The GPU through pycuda."""
 
+import atexit
 from collections.abc import Callable
 from typing import Any
 
 import pycuda.driver as driver
 from numpy.typing import NDArray
 
-from autocomp.engines.cuda.protocol import GpuInfo
+from autocomp.engines.cuda.protocol import GpuInfo, reported
 from autocomp.errors import ConfigError, EngineError
 
 __all__ = ["PyCuda"]
@@ -25,7 +26,8 @@ class PyCuda:
             self._context = device.retain_primary_context()
             self._context.push()
         except driver.Error as error:
-            raise ConfigError(f"no CUDA device is found ({error}): run 'autocomp doctor'") from error
+            raise ConfigError(reported(str(error))) from error
+        atexit.register(self._context.pop)  # pycuda aborts a process that ends with a context pushed
         major, version = device.compute_capability(), driver.get_driver_version()
         self._info = GpuInfo(
             name=device.name(),
@@ -61,6 +63,9 @@ class PyCuda:
         self._streams[made.handle] = made
         return int(made.handle)
 
+    def release(self, stream: int) -> None:
+        del self._streams[stream]
+
     def event(self) -> Any:
         return _called(driver.Event)
 
@@ -77,7 +82,7 @@ class PyCuda:
     def capture(self, stream: int, work: Callable[[], None]) -> Callable[[], None] | None:
         try:  # pycuda has no graphs of its own
             from autocomp.engines.cuda.with_bindings import capture_graph
-        except ModuleNotFoundError:
+        except ImportError:
             return None
         return capture_graph(stream, work)
 
@@ -85,7 +90,5 @@ class PyCuda:
 def _called(call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except driver.MemoryError as error:
-        raise EngineError("out of GPU memory: give a smaller --batch, or end other programs on the GPU") from error
     except driver.Error as error:
-        raise EngineError(f"the GPU reported an error ({error}): see 'autocomp doctor'") from error
+        raise EngineError(reported(str(error))) from error

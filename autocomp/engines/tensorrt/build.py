@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from autocomp.engines.attribution import layer_of
+from autocomp.engines.remedies import explain
 from autocomp.engines.template import parse
 from autocomp.engines.tensorrt import build_worker
 from autocomp.engines.tensorrt.flavour import Flavour
-from autocomp.engines.tensorrt.remedies import explain
 from autocomp.errors import EngineError
 
 __all__ = ["BuildOptions", "build_plan"]

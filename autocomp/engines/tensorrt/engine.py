@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.engines.cuda import Cuda
-from autocomp.engines.cuda.measure import Stopwatch
+from autocomp.engines.cuda.measure import Stopwatch, copies
 from autocomp.engines.cuda.telemetry import Nvml
 from autocomp.engines.onnxruntime import OnnxRuntimeEngine, exact_engine
+from autocomp.engines.remedies import explain
 from autocomp.engines.tensorrt.flavour import Flavour
-from autocomp.engines.tensorrt.remedies import explain
 from autocomp.errors import EngineError
+from autocomp.results import Copies
 
 __all__ = ["AheadOfTimeEngine", "TensorRtEngine", "logger_of"]
 
@@ -112,6 +113,17 @@ class TensorRtEngine:
         self._cuda.synchronize(self._stream)
         return self._watch.time(self._launch, self._stream, repeats)
 
+    def copies(self) -> Copies:
+        """What moving the images to the device and the logits back takes, which `time` leaves out."""
+        self._open()
+        source, result = self._addresses
+        return copies(
+            self._cuda,
+            self._stream,
+            lambda: self._cuda.upload(source, self._noise, self._stream),
+            lambda: self._cuda.download(self._logits, result, self._stream),
+        )
+
     def profile(self, repeats: int) -> tuple[dict[str, float], float]:
         """Median ms of TensorRT's layers by name, and of whole runs, under its profiler and without a graph."""
         context = self._open()
@@ -147,6 +159,7 @@ class TensorRtEngine:
             self._launch = self._context = self._engine = None  # type: ignore[assignment]
             for address in self._addresses:
                 self._cuda.free(address)
+            self._cuda.release(self._stream)
 
 
 def logger_of(trt: Any, errors: list[str]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autocomp.errors import ConfigError
 
-__all__ = ["FLAVOURS", "Flavour", "find_flavour", "installed"]
+__all__ = ["FLAVOURS", "Flavour", "find_flavour", "first_installed", "installed"]
 
 # Engine name -> modules that may provide it. The second of TensorRT-RTX is what its registry wheels bring.
 FLAVOURS: Mapping[str, tuple[str, ...]] = {
@@ -71,6 +71,16 @@ def find_flavour(engine: str) -> Flavour:
     if broken:
         raise ConfigError(f"the engine {engine} cannot be loaded ({broken}): install it again, {install}")
     raise ConfigError(f"the engine {engine} is not installed: {install}")
+
+
+def first_installed(*, ahead: bool) -> str:
+    """The engine to build with where none is named: the data-centre package before TensorRT-RTX.
+
+    Args:
+        ahead: for a GPU that is not here, which only the second can.
+    """
+    found = (flavour.engine for flavour in installed() if flavour.builds_without_gpu or not ahead)
+    return next(found, "tensorrt-rtx")
 
 
 def installed() -> tuple[Flavour, ...]:

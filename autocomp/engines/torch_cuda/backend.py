@@ -13,13 +13,13 @@ from torch import Tensor
 from autocomp.capabilities import Capabilities, DeviceInfo
 from autocomp.engines.backends import BackendSpec
 from autocomp.engines.cuda import open_cuda
-from autocomp.engines.cuda.measure import Stopwatch
+from autocomp.engines.cuda.measure import Stopwatch, copies
 from autocomp.engines.cuda.telemetry import Nvml
 from autocomp.engines.template import parse
 from autocomp.engines.torch_cuda.onnx_module import OnnxModule
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FP32, Precision
-from autocomp.results import OperatorTimes
+from autocomp.results import Copies, OperatorTimes
 
 __all__ = ["TorchCudaBackend", "TorchCudaEngine"]
 
@@ -113,6 +113,13 @@ class TorchCudaEngine:
         with _errors(), torch.cuda.stream(self._clock.stream):
             self._images.copy_(self._noise)
             return self._watch.time(self._graph.replay, 0, repeats)
+
+    def copies(self) -> Copies:
+        """What moving the images to the device and the logits back takes, which `time` leaves out."""
+        self._open()
+        images = self._noise.cpu()
+        with _errors(), torch.cuda.stream(self._clock.stream):
+            return copies(self._clock, 0, lambda: self._images.copy_(images), self._logits.cpu)
 
     def operators(self, repeats: int) -> OperatorTimes:
         """Median ms of each operator, launched one by one."""

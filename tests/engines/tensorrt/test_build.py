@@ -1,5 +1,6 @@
 """Engines from the real builder of TensorRT-RTX, which needs no GPU, and every way in which a build ends badly."""
 
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from autocomp.engines.tensorrt import (
     PlanHeader,
     build_plan,
     find_flavour,
+    first_installed,
     prepare,
     read_plan,
     write_plan,
@@ -144,10 +146,16 @@ def test_a_builder_that_dies_is_a_failed_build(
         build_plan(standing_in(tmp_path, monkeypatch, flavour, code), file, ONE)
 
 
+def unload(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    """Have a module imported anew, now and after the test."""
+    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    del sys.modules[module]
+
+
 def test_packages_that_are_missing_broken_or_too_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     for module in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
-        monkeypatch.delitem(sys.modules, module, raising=False)
+        unload(monkeypatch, module)
         (tmp_path / f"{module}.py").write_text("raise FileNotFoundError('Could not find: libnvinfer.so.10')")
     with pytest.raises(ConfigError, match=r"cannot be loaded \(Could not find: libnvinfer.so.10\): install it again"):
         make_backend(BackendSpec("tensorrt"))
@@ -158,6 +166,18 @@ def test_packages_that_are_missing_broken_or_too_old(tmp_path: Path, monkeypatch
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'autocomp\[tensorrt-rtx\]'"):
         make_backend(BackendSpec("tensorrt-rtx"))
+
+
+def test_what_is_installed_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    unload(monkeypatch, "tensorrt")
+    assert first_installed(ahead=True) == "tensorrt-rtx"
+    (tmp_path / "tensorrt.py").write_text("__version__ = '11.0.0'")
+    importlib.invalidate_caches()
+    assert [first_installed(ahead=ahead) for ahead in (False, True)] == ["tensorrt", "tensorrt-rtx"]
+    for module in ("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, module, None)
+    assert [first_installed(ahead=ahead) for ahead in (False, True)] == ["tensorrt", "tensorrt-rtx"]
 
 
 @pytest.mark.parametrize(
@@ -172,7 +192,7 @@ def test_the_data_centre_package_builds_for_the_gpu_at_hand_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
+    unload(monkeypatch, "tensorrt")
     (tmp_path / "tensorrt.py").write_text("__version__ = '10.9.0'")
     with pytest.raises(ConfigError, match="builds for the GPU at hand: leave --hardware out, or use tensorrt-rtx"):
         make_backend(BackendSpec("tensorrt", hardware="sm89"))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from autocomp.engines import copies_of
 from autocomp.engines.cuda import GpuInfo
 from autocomp.engines.onnxruntime import OnnxRuntimeEngine, exact_engine
 from autocomp.engines.tensorrt.engine import TensorRtEngine
@@ -20,6 +21,7 @@ from autocomp.engines.tensorrt.flavour import Flavour
 from autocomp.errors import EngineError
 from autocomp.policy import Policy
 from autocomp.protocols import Engine
+from autocomp.results import Copies
 from tests.engines.conftest import Case
 
 BATCH, STREAM, RUN_MS = 4, 7, 1.5
@@ -32,6 +34,7 @@ class HostCuda:
     captures: bool = True
     memory: dict[int, Any] = field(default_factory=dict)
     launches: int = 0
+    released: bool = False
     package: str = "host"
     info: GpuInfo = field(default=GpuInfo("host", (8, 9), "13.0", 2**30, "none"))
 
@@ -53,6 +56,10 @@ class HostCuda:
 
     def stream(self) -> int:
         return STREAM
+
+    def release(self, stream: int) -> None:
+        assert stream == STREAM and not self.memory
+        self.released = True
 
     def event(self) -> list[int]:
         return [0]
@@ -155,9 +162,26 @@ def test_times_are_of_single_launches_and_memory_is_given_back(parts: Any, resne
         before = cuda.launches
         np.testing.assert_allclose(engine.time(5), RUN_MS)
         assert cuda.launches == before + 5 and len(cuda.memory) == 2
-    assert not cuda.memory
+    assert not cuda.memory and cuda.released
     with pytest.raises(EngineError, match="closed"):
         engine.run(resnet8.images)
+
+
+def test_copies_are_told_apart(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    flavour, _, cuda = parts
+
+    def taking(launches: int, move: Callable[..., None]) -> Callable[..., None]:
+        def moved(*given: Any) -> None:
+            move(*given)
+            cuda.launches += launches
+
+        return moved
+
+    with TensorRtEngine(flavour, b"plan", cuda, BATCH) as engine:
+        monkeypatch.setattr(cuda, "upload", taking(3, cuda.upload))
+        monkeypatch.setattr(cuda, "download", taking(2, cuda.download))
+        found = copies_of(engine)
+    assert found == Copies(to_device_ms=3 * RUN_MS, from_device_ms=2 * RUN_MS)
 
 
 def test_a_run_that_fails_is_an_error(parts: Any, resnet8: Case) -> None:
@@ -166,6 +190,17 @@ def test_a_run_that_fails_is_an_error(parts: Any, resnet8: Case) -> None:
         plan.fails = True
         with pytest.raises(EngineError, match="TensorRT failed while running"):
             engine.run(resnet8.images)
+
+
+def test_the_names_in_use_are_those_of_the_package() -> None:
+    """What stands in for the runtime here, and the rest of what an engine asks it for."""
+    real = pytest.importorskip("tensorrt_rtx_bindings", reason="not installed: pip install 'autocomp[tensorrt-rtx]'")
+    asked = {name for name in vars(Plan) if not name.startswith("_")}
+    known = {*dir(real.ICudaEngine), *dir(real.IExecutionContext)}
+    assert asked <= known and {"create_engine_inspector", "profiler"} <= known
+    assert hasattr(real.Runtime, "deserialize_cuda_engine") and hasattr(real.TensorIOMode, "INPUT")
+    assert hasattr(real.EngineInspector, "get_engine_information") and hasattr(real.LayerInformationFormat, "JSON")
+    assert hasattr(real.IProfiler, "report_layer_time") and hasattr(real.ProfilingVerbosity, "DETAILED")
 
 
 def test_a_plan_that_is_refused_is_an_error(parts: Any) -> None:

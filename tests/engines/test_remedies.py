@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from autocomp.engines.tensorrt.remedies import explain
+from autocomp.engines.remedies import explain
 
 MESSAGES = {
     "CUDA initialization failure with error: 35. Please check your CUDA installation: "
@@ -21,6 +21,7 @@ MESSAGES = {
     "239)": "built by another version of TensorRT: build it again",
     "The engine plan file is generated on an incompatible device, expecting compute capability 8.9 got compute "
     "capability 8.6, please rebuild.": "does not fit this GPU's compute capability: build it again",
+    "CUDA_ERROR_INVALID_DEVICE": "no GPU of that number: see 'nvidia-smi'",
     "Network has dynamic or shape inputs, but no optimization profile has been defined.": (
         "dynamic shapes have no profile: give --batches"
     ),

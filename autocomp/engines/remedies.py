@@ -2,19 +2,22 @@
 
 import re
 
-__all__ = ["NO_GPU", "explain", "one_line"]
+__all__ = ["explain", "one_line"]
 
-NO_GPU = "no CUDA device is found: run 'autocomp doctor' to see what is missing"
 _REMEDIES = (
     (
-        r"out ?of ?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
+        r"out[ _]?of[ _]?memory|MemoryError|MEM_ALLOC_FAILED|bad_alloc|FAILED_ALLOCATION|cudaError 2\b",
         "out of memory: give a smaller --batch, or end other programs on the GPU",
     ),
     (
         r"driver version is insufficient|cudaError 35\b|INSUFFICIENT_DRIVER|SYSTEM_DRIVER_MISMATCH|OLD_CUDA_DRIVER",
         "the NVIDIA driver is missing or too old for this CUDA version: install a newer one; see 'autocomp doctor'",
     ),
-    (r"no CUDA-capable device|cudaError 100\b|NO_DEVICE", NO_GPU),
+    (
+        r"no CUDA-capable device|cudaError 100\b|NO_DEVICE",
+        "no CUDA device is found: run 'autocomp doctor' to see what is missing",
+    ),
+    (r"invalid device ordinal|INVALID_DEVICE", "there is no GPU of that number: see 'nvidia-smi'"),
     (
         r"magicTag|[Vv]ersion tag|serialization version|serialized engine version",
         "it was built by another version of TensorRT: build it again with the one installed here",

@@ -1,0 +1,1 @@
+"""What an NVIDIA GPU does with the engines of this project."""
