@@ -51,10 +51,11 @@ class Station:
 
 @dataclass(eq=False)
 class Member:
-    """One actor of a pool, and the machine it is on."""
+    """One actor of a pool, the machine it is on, and the engine it has there."""
 
     actor: Any
     host: str = ""
+    engine: str = ""
     busy: bool = False
 
 
@@ -76,6 +77,7 @@ class Pool:
         self.joining: dict[Any, Member] = {}
         self.lost = 0
         self._made = self._failed_starts = 0
+        self._reason = ""
         self._missing_since = monotonic()
         self._waiting = [self._started() for _ in range(size)]
 
@@ -112,8 +114,8 @@ class Pool:
             self._missing_since = monotonic()
         elif not self.joining or monotonic() - self._missing_since > START_S:
             raise RunError(
-                f"no {self._name} is left on the cluster, and none came back: mend it, then go on with "
-                "'autocomp resume'"
+                f"no {self._name} is left on the cluster, and none came back{self._reason}: mend it, then go on "
+                "with 'autocomp resume'"
             )
 
     def joined(self, ref: Any) -> None:
@@ -127,7 +129,9 @@ class Pool:
             member.host, device = ray.get(ref)
         except RayError as error:
             self._failed_starts += 1
-            if not self.members and (isinstance(error, ConfigError) or self._failed_starts >= FAILED_STARTS):
+            self._reason = f" ({reason_of(error)})"
+            never = not self.members and not self.lost
+            if never and (isinstance(error, ConfigError) or self._failed_starts >= FAILED_STARTS):
                 raise ConfigError(reason_of(error)) from error
             if self._failed_starts < FAILED_STARTS:
                 self._load(self._started())
@@ -138,6 +142,7 @@ class Pool:
                 "node that has the target, as with 'ray job submit --entrypoint-resources'"
             )
         self._failed_starts = 0
+        member.engine = device["engine"]
         self.members.append(member)
 
     def lose(self, member: Member) -> None:
