@@ -290,6 +290,7 @@ def kills(runs: int) -> dict[str, Any]:
             keys = [(trial["role"], str(trial["policy"])) for trial in trials]
             whole = status in (0, 3) and len(keys) == len(set(keys)) and (run / "result.json").exists()
             outcomes.append({"killed": what, "whole": whole, "trials": len(keys)})
+            print(outcomes[-1], flush=True)
     ray.shutdown()
     cluster.shutdown()
     show("kills", ("killed", "whole", "trials"), [tuple(outcome.values()) for outcome in outcomes])
@@ -310,8 +311,10 @@ def _autocomp(words: Sequence[str], environment: Mapping[str, str]) -> "subproce
 
 def _wait_for(path: Path, text: str = "") -> None:
     """Until a file is there and holds a text."""
-    deadline = time.monotonic() + 120
-    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not (path.exists() and text in path.read_text()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} does not hold {text!r}")
         time.sleep(0.05)
 
 

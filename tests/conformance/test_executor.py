@@ -1,5 +1,6 @@
 """What every executor must do, and what a cluster must survive."""
 
+import importlib
 import json
 import platform
 import subprocess
@@ -249,6 +250,23 @@ def test_a_device_that_goes_away_stops_measuring_but_not_scoring(
     assert meters.lost == 1
 
 
+def test_a_node_lost_while_workers_start_stops_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=0)
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    (tmp_path / "gone").touch()  # they load as long as it is there
+    pool = rays.Pool(partial(start, kind=Gone, scheduling_strategy=place), 3, "worker")
+    pool.equip(str(tmp_path / "gone"))
+    ray.wait(list(pool.joining), timeout=3.0)  # until they have started there
+    cluster.remove_node(node, allow_graceful=False)
+    (tmp_path / "gone").unlink()
+    pool.gather()
+    while pool.joining:
+        for ref in ray.wait(list(pool.joining))[0]:
+            pool.joined(ref)
+    assert len(pool.members) == 3 and pool.lost == 0
+    pool.close()
+
+
 def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: Trials, policies: list[Policy]) -> None:
     results = chain.from_iterable(rays.RayExecutor(trials, frail, None).run(wave(policies[3:12])))
     numbers = [next(results).number]
@@ -376,6 +394,19 @@ def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Wor
     pool = rays.Pool(start, 1, "meter")
     pool.equip(ray.put(("", "", "")), bench.backend.device.to_json())
     with pytest.raises(ConfigError, match="start the search on a node that has the target"):
+        pool.gather()
+    pool.close()
+
+
+def test_code_that_the_workers_image_lacks_is_named(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_on_the_driver.py").write_text("class Station:\n    def load(self, kit):\n        return '', {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lacking = importlib.import_module("only_on_the_driver").Station
+    pool = rays.Pool(partial(start, kind=lacking), 1, "worker")
+    pool.equip(ray.put(()))
+    with pytest.raises(ConfigError, match="the package only_on_the_driver is missing there: install it in the workers"):
         pool.gather()
     pool.close()
 

@@ -79,7 +79,8 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop: 
     first, second = Counting(limit=stop), Counting()
     with pytest.raises(KeyboardInterrupt):
         explore(tmp_path / "parts", first)
-    resumed = explore(tmp_path / "parts", second)
+    (tmp_path / "parts").rename(tmp_path / "elsewhere")  # as another machine finds it
+    resumed = explore(tmp_path / "elsewhere", second)
     assert [(r.number, r.policy) for r in resumed] == [(r.number, r.policy) for r in whole]
     assert len(first.evaluated) == stop
     assert not set(first.evaluated) & set(second.evaluated)
