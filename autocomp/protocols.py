@@ -93,8 +93,11 @@ class Controller(Protocol):
 class Executor(Protocol):
     """Evaluates waves of policies somewhere."""
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
-        """Yield the result of each (number, role, policy), in any order; failures are results."""
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
+        """Yield the result of each (number, role, policy), in any order, those together that came together.
+
+        Failures are results.
+        """
         ...
 
     def close(self) -> None: ...

@@ -1,15 +1,18 @@
-"""Files written as a whole, and what a full or read-only disk says."""
+"""Files written as a whole, tables as text, and what a full or read-only disk says."""
 
+import csv
 import errno
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from autocomp.errors import RunError
 
-__all__ = ["storage_errors", "write_atomic"]
+__all__ = ["csv_of", "storage_errors", "write_atomic"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -26,6 +29,17 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in _UNUSABLE:
             raise RunError(f"cannot write {path} ({error.strerror}): choose another folder with --out") from error
         raise
+
+
+def csv_of(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row under the names that all rows have; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    for place, row in enumerate(rows):
+        if place == 0:
+            writer.writerow(row)
+        writer.writerow(row.values())
+    return text.getvalue()
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

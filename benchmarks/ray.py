@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -30,12 +29,15 @@ import ray
 from ray.cluster_utils import Cluster
 
 from autocomp.api import load_result
+from autocomp.capabilities import DeviceInfo
 from autocomp.config import SearchConfig
 from autocomp.controllers import make_controller
+from autocomp.hardware import LatencyEntry, LatencyKey, LatencyTable
 from autocomp.outcome import Event
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.results import Score, TrialResult
+from autocomp.study.artefacts import write_table
 from autocomp.study.executors.ray import Pool, RayExecutor
 from autocomp.study.run import Manifest, Run
 from autocomp.study.study import Plan, Study
@@ -48,14 +50,15 @@ MODEL = SearchConfig(
     model="zoo:resnet20", data="random:3x32x32x10", engine="simulated", budget=("0.7x",), calibration_images=64,
     search_images=64, selection_images=64,
 )  # fmt: skip
+DEVICE = DeviceInfo("a-device", "an engine", 1, (("driver", "a driver"),))
 
 
 class Sleeper:
     """Many workers in one process, each of which sleeps instead of scoring."""
 
-    async def load(self, seconds: float) -> tuple[str, None]:
+    async def load(self, seconds: float) -> tuple[str, dict[str, str]]:
         self._seconds = seconds
-        return "", None
+        return "", {"engine": ""}
 
     async def do(self, task: ScoreTask) -> Answer:
         await asyncio.sleep(self._seconds)
@@ -141,13 +144,19 @@ def many() -> dict[str, Any]:
     """20 s evaluations on 256 workers in 8 processes, four on each."""
     ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     plan, controller = planned(1024, 256)
+    before = _memory_mb("RssAnon")
     elapsed = sleep_through(8, 256, 20.0, plan)
     ray.shutdown()
+    bare = "import resource, torch; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    torch_kb = subprocess.run([sys.executable, "-c", bare], capture_output=True, check=True).stdout
     found = {
         "workers": 256,
         "seconds": elapsed,
         "busy": 4 * 20.0 / elapsed,
-        "driver_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "driver_peak_mb": _memory_mb("VmHWM"),
+        "of_it_libraries_mb": _memory_mb("RssFile"),
+        "grown_mb": _memory_mb("RssAnon") - before,
+        "import_torch_alone_mb": int(torch_kb) * 1024 / 1e6,
         "ask_tell_ms": max(controller.waves),
     }
     show("256 workers", tuple(found), [tuple(f"{value:.3g}" for value in found.values())])
@@ -194,35 +203,50 @@ def _default_job(run: Path, executor: str) -> "subprocess.Popen[bytes]":
 
 @dataclass(frozen=True)
 class Formula:
-    """An executor whose answers cost nothing."""
+    """An executor whose answers cost nothing, and whose latencies are kept as measured ones are."""
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
-        for number, role, policy in wave:
-            value = int(policy.digest[:8], 16) / 2**32  # nothing to find, so that no policy is asked for twice
-            yield TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 1), 1.0, 2.0, 5, 7)
+    cache: LatencyTable
+
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
+        yield [self._of(*trial) for trial in wave]
+
+    def _of(self, number: int, role: str, policy: Policy) -> TrialResult:
+        digest = policy.digest
+        self.cache.put(LatencyEntry(LatencyKey.of(digest, "reference", DEVICE, 1), 0.5, 2.0 + number % 7))
+        value = int(digest[:8], 16) / 2**32  # nothing to find, so that no policy is asked for twice
+        return TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 1), 1.0, 2.0, 5, 7)
 
     def close(self) -> None:
         """Nothing is held."""
 
 
 def memory(trials: int) -> dict[str, Any]:
-    """What the driver holds of many trials, and what one costs it; nothing is compressed, timed or scored."""
+    """What the driver holds of many trials, what one costs it, and what it holds when it goes on after a stop.
+
+    Nothing is compressed, timed or scored.
+    """
     plan, controller = planned(trials, 256)
     before = _memory_mb("RssAnon")
-    with TemporaryDirectory() as folder, Run.create(Path(folder) / "run", Manifest("", {}, [], {}, {}, {})) as run:
+    with TemporaryDirectory() as folder:
+        own = Path(folder) / "run"
+        with Run.create(own, Manifest("", {}, [], {}, {}, {})) as run:
+            executor = Formula(LatencyTable(own / "latencies.jsonl"))
+            begun = time.perf_counter()
+            study = Study(run, executor, Sleeping().observer)
+            found: dict[str, Any] = {"trials": len(study.explore(plan))}
+            found["ms_a_trial"] = 1e3 * (time.perf_counter() - begun) / trials
+            found["grown_mb"] = _memory_mb("RssAnon") - before
+            write_table(run, study.results)
+        del study, executor, plan
         begun = time.perf_counter()
-        results = Study(run, Formula(), Sleeping().observer).explore(plan)
-        elapsed = time.perf_counter() - begun
-        journal_mb = (run.folder / "journal.jsonl").stat().st_size / 1e6
-    found = {
-        "trials": len(results),
-        "driver_mb": _memory_mb("VmRSS"),
-        "of_it_libraries_mb": _memory_mb("RssFile"),
-        "grown_mb": _memory_mb("RssAnon") - before,
-        "journal_mb": journal_mb,
-        "ms_a_trial": 1e3 * elapsed / len(results),
-        "ask_tell_ms": max(controller.waves),
-    }
+        with Run.open(own) as run:
+            study = Study(run, Formula(LatencyTable(own / "latencies.jsonl")), Sleeping().observer)
+            assert len(study.results) == trials
+            found["reopened_s"] = time.perf_counter() - begun
+        found["journal_mb"] = (own / "journal.jsonl").stat().st_size / 1e6
+    found["ask_tell_ms"] = max(controller.waves)
+    found["driver_peak_mb"] = _memory_mb("VmHWM")
+    found["of_it_libraries_mb"] = _memory_mb("RssFile")
     show("many trials", tuple(found), [tuple(f"{value:.4g}" for value in found.values())])
     return {"memory": found}
 
@@ -266,6 +290,7 @@ def kills(runs: int) -> dict[str, Any]:
             keys = [(trial["role"], str(trial["policy"])) for trial in trials]
             whole = status in (0, 3) and len(keys) == len(set(keys)) and (run / "result.json").exists()
             outcomes.append({"killed": what, "whole": whole, "trials": len(keys)})
+            print(outcomes[-1], flush=True)
     ray.shutdown()
     cluster.shutdown()
     show("kills", ("killed", "whole", "trials"), [tuple(outcome.values()) for outcome in outcomes])
@@ -286,8 +311,10 @@ def _autocomp(words: Sequence[str], environment: Mapping[str, str]) -> "subproce
 
 def _wait_for(path: Path, text: str = "") -> None:
     """Until a file is there and holds a text."""
-    deadline = time.monotonic() + 120
-    while not (path.exists() and text in path.read_text()) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 600
+    while not (path.exists() and text in path.read_text()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{path} does not hold {text!r}")
         time.sleep(0.05)
 
 

@@ -185,8 +185,7 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
             finished = load_result(run)
     if finished is not None and not _training_due(config, finished):
         return finished
-    if address is not None:
-        config = replace(config, address=address)
+    config = replace(config, out=str(run), address=address or config.address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: call autocomp.search(..., out=...) on a new folder")
     watch = observer or silent

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import UserError, UserErrorType
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
 
 from autocomp.compress.naming import op_of, reason_of
 from autocomp.errors import ModelError
@@ -31,6 +29,10 @@ def export(model: nn.Module, example: Tensor | Mapping[str, Tensor]) -> fx.Graph
         ModelError: the model's code decides by values, fixes the number of images, or cannot be followed for another
             reason; the message names the line.
     """
+    # Here, since with sympy and triton behind them they are a fifth of a process, and workers never trace.
+    from torch._dynamo.exc import UserError, UserErrorType
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, free_unbacked_symbols
+
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

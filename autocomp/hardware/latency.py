@@ -2,6 +2,9 @@
 
 import json
 import math
+import sys
+from bisect import insort
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +36,10 @@ class LatencyKey:
     @classmethod
     def of(cls, structure: str, reference: str, device: DeviceInfo, batch: int) -> Self:
         return cls(structure, reference, json.dumps(device.to_json(), sort_keys=True), batch)
+
+    def __post_init__(self) -> None:
+        for name in ("reference", "device"):  # a table of a hundred thousand holds each once
+            object.__setattr__(self, name, sys.intern(getattr(self, name)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ class LatencyTable:
         """Raises: ConfigError naming a line that is no entry, RunError where the file cannot be read or mended."""
         self._path = path
         self._entries: dict[LatencyKey, LatencyEntry] = {}
+        self._references_ms: list[float] = []
         try:
             data = path.read_bytes() if path.exists() else b""
             whole = data.rfind(b"\n") + 1
@@ -95,14 +103,14 @@ class LatencyTable:
                 entry = LatencyEntry.from_json(json.loads(line))
             except (ValueError, InputError) as error:
                 raise ConfigError(f"{path} line {number}: {error}") from error
-            self._entries[entry.key] = entry
+            self._take(entry)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def references_ms(self) -> list[float]:
-        """Times of the reference beside every entry, in the order of their first measurement."""
-        return [entry.reference_ms for entry in self._entries.values()]
+    def references_ms(self) -> Sequence[float]:
+        """Times of the reference beside every entry, the shortest first."""
+        return self._references_ms
 
     def get(self, key: LatencyKey) -> LatencyEntry | None:
         return self._entries.get(key)
@@ -114,4 +122,11 @@ class LatencyTable:
                 file.write(json.dumps(entry.to_json()) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {self._path}: {error.strerror}; free some space and go on") from error
+        self._take(entry)
+
+    def _take(self, entry: LatencyEntry) -> None:
+        before = self._entries.get(entry.key)
+        if before is not None:
+            self._references_ms.remove(before.reference_ms)
+        insort(self._references_ms, entry.reference_ms)
         self._entries[entry.key] = entry

@@ -5,11 +5,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any, Self
 
-import pandas as pd
 from safetensors.numpy import save as save_tensors
 
 from autocomp.compress import Compressed
@@ -17,7 +15,7 @@ from autocomp.errors import EngineError, InputError
 from autocomp.outcome import SearchResult
 from autocomp.policy import Policy, Recipe
 from autocomp.results import TrialResult
-from autocomp.storage import write_atomic
+from autocomp.storage import csv_of, write_atomic
 from autocomp.study.run import Run
 from autocomp.study.workbench import Workbench
 
@@ -159,34 +157,28 @@ def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[Tri
 
 def write_table(run: Run, results: Sequence[TrialResult]) -> None:
     """Write ``results.csv``, one row a trial."""
-    text = StringIO()
-    pd.DataFrame(to_table(results)).to_csv(text, index=False)
-    run.write("results.csv", text.getvalue())
+    run.write("results.csv", csv_of(map(_row, results)))
 
 
-def to_table(results: Sequence[TrialResult]) -> list[dict[str, Any]]:
-    """One flat row a trial, for ``results.csv``."""
-    return [
-        {
-            "number": result.number,
-            "role": result.role,
-            "status": result.status,
-            "feasible": result.feasible,
-            "objective": result.objective,
-            "divergence": result.score.divergence if result.score else None,
-            "accuracy": result.score.accuracy if result.score else None,
-            "agreement": result.score.agreement if result.score else None,
-            "latency_ms": result.latency_ms,
-            "ratio": result.ratio,
-            "macs": result.macs,
-            "size_bytes": result.size_bytes,
-            "cached_timing": result.cached_timing,
-            "stage": result.stage,
-            "error": result.error,
-            "log": result.log,
-            "seconds": sum(result.seconds.values()),
-            "overhead_s": sum(s for stage, s in result.seconds.items() if stage not in ("time", "score")),
-            "policy": json.dumps(result.policy.to_json(), sort_keys=True),
-        }
-        for result in results
-    ]
+def _row(result: TrialResult) -> dict[str, Any]:
+    return {
+        "number": result.number,
+        "role": result.role,
+        "status": result.status,
+        "feasible": result.feasible,
+        "objective": result.objective,
+        "divergence": result.score.divergence if result.score else None,
+        "accuracy": result.score.accuracy if result.score else None,
+        "agreement": result.score.agreement if result.score else None,
+        "latency_ms": result.latency_ms,
+        "ratio": result.ratio,
+        "macs": result.macs,
+        "size_bytes": result.size_bytes,
+        "cached_timing": result.cached_timing,
+        "stage": result.stage,
+        "error": result.error,
+        "log": result.log,
+        "seconds": sum(result.seconds.values()),
+        "overhead_s": sum(s for stage, s in result.seconds.items() if stage not in ("time", "score")),
+        "policy": json.dumps(result.policy.to_json(), sort_keys=True),
+    }

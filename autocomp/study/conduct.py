@@ -40,7 +40,7 @@ def conduct(
         run.set_status("interrupted")
         raise Interrupted(run.folder) from None
     except InfeasibleError:
-        write_table(run, journaled_trials(run.entries("trial")))
+        write_table(run, journaled_trials(Run.entries_of(run.folder)))
         run.set_status("infeasible")
         raise
     except Exception:

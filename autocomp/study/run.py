@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -102,13 +102,13 @@ class Run:
     Use `Run.create` or `Run.open`, and close it (it is a context manager).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, entries: list[dict[str, Any]], lock: IO[str]) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, lock: IO[str]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._entries = [entry for entry in entries if entry["kind"] not in _MANY]
+        self._entries: list[dict[str, Any]] = []
         self._lock = lock
         self._journal: IO[bytes] | None = None
-        self._before_s = _elapsed_before(entries)
+        self._before_s = self._read()
         self._opened = monotonic()
 
     @classmethod
@@ -129,7 +129,7 @@ class Run:
             if made and folder.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-        run = cls(folder, manifest, [], lock)
+        run = cls(folder, manifest, lock)
         run.record("opened")
         return run
 
@@ -144,8 +144,7 @@ class Run:
         with storage_errors(folder):
             lock = _acquire(folder)
         try:
-            entries = cls.entries_of(folder, repair=True)
-            run = cls(folder, manifest, entries, lock)
+            run = cls(folder, manifest, lock)
             run.record("opened")
         except BaseException:
             lock.close()
@@ -153,48 +152,35 @@ class Run:
         return run
 
     @staticmethod
-    def entries_of(folder: Path, *, repair: bool = False) -> list[dict[str, Any]]:
-        """All whole journal lines; with ``repair`` a torn last one is removed from the file."""
-        path = folder / _JOURNAL
-        if not path.exists():
-            return []
-        raw = path.read_bytes()
-        entries: list[dict[str, Any]] = []
-        position = 0
-        for line in raw.splitlines(keepends=True):
-            last = position + len(line) == len(raw)
-            try:
-                if last and not line.endswith(b"\n"):
-                    raise ValueError("torn")
-                entry = json.loads(line)
-                if not isinstance(entry, dict) or not {"kind", "seconds"} <= entry.keys():
-                    raise ValueError("no entry")
-                entries.append(entry)
-            except ValueError as error:
-                if not last:
-                    raise RunError(f"{path} is damaged at byte {position}: start a new search") from error
-                if repair:
-                    os.truncate(path, position)
-                break
-            position += len(line)
-        return entries
+    def entries_of(folder: Path) -> Iterator[dict[str, Any]]:
+        """All whole journal lines, one at a time, since memory should not hold them all.
+
+        Raises:
+            RunError: a line before the last one is damaged.
+        """
+        return (entry for entry, _ in _whole_lines(folder / _JOURNAL))
 
     def record(self, kind: str, **data: Any) -> None:
         """Append one line and force it to disk."""
-        entry = {"kind": kind, "seconds": round(monotonic() - self._opened, 3), **data}
-        line = json.dumps(entry, allow_nan=False).encode() + b"\n"
+        self.record_all(kind, [data])
+
+    def record_all(self, kind: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Append a line for each of what came together, and force them to disk at once."""
+        seconds = round(monotonic() - self._opened, 3)
+        entries = [{"kind": kind, "seconds": seconds, **data} for data in rows]
+        lines = b"".join(json.dumps(entry, allow_nan=False).encode() + b"\n" for entry in entries)
         path = self.folder / _JOURNAL
         with storage_errors(path):
             if self._journal is None:
                 self._journal = path.open("ab", buffering=0)
             start = os.fstat(self._journal.fileno()).st_size
-            written = self._journal.write(line)
-            if written != len(line):
+            written = self._journal.write(lines)
+            if written != len(lines):
                 os.ftruncate(self._journal.fileno(), start)
                 raise OSError(errno.ENOSPC, "short write", str(path))
             os.fsync(self._journal.fileno())
         if kind not in _MANY:
-            self._entries.append(entry)
+            self._entries += entries
 
     def entries(self, kind: str) -> list[dict[str, Any]]:
         """All lines of a kind, oldest first."""
@@ -216,6 +202,24 @@ class Run:
         write_atomic(path, data)
         return path
 
+    def _read(self) -> float:
+        """Take in the lines that are held and cut off a torn one; seconds of the run so far.
+
+        A part begins with ``opened``; the last time stamps of all parts add up.
+        """
+        total, last, whole = 0.0, 0.0, 0
+        path = self.folder / _JOURNAL
+        for entry, end in _whole_lines(path):
+            whole = end
+            if entry["kind"] not in _MANY:
+                self._entries.append(entry)
+            if entry["kind"] == "opened":
+                total, last = total + last, 0.0
+            last = entry["seconds"]
+        if path.exists() and path.stat().st_size > whole:
+            os.truncate(path, whole)
+        return total + last
+
     def close(self) -> None:
         if self._journal is not None:
             self._journal.close()
@@ -229,14 +233,25 @@ class Run:
         self.close()
 
 
-def _elapsed_before(entries: Sequence[Mapping[str, Any]]) -> float:
-    """Sum of the last time stamp of each part of the run (a part begins with ``opened``)."""
-    total, last = 0.0, 0.0
-    for entry in entries:
-        if entry["kind"] == "opened":
-            total, last = total + last, 0.0
-        last = entry["seconds"]
-    return total + last
+def _whole_lines(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each line that is an entry, and where in the file it ends; a last one that a kill has torn is none."""
+    if not path.exists():
+        return
+    end, size = 0, path.stat().st_size
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if not line.endswith(b"\n"):
+                    raise ValueError("torn")
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or not {"kind", "seconds"} <= entry.keys():
+                    raise ValueError("no entry")
+            except ValueError as error:
+                if end + len(line) >= size:
+                    return
+                raise RunError(f"{path} is damaged at byte {end}: start a new search") from error
+            end += len(line)
+            yield entry, end
 
 
 def _acquire(folder: Path) -> IO[str]:

@@ -10,7 +10,7 @@ from autocomp.controllers import make_controller
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes, structure_digest
 from autocomp.errors import ConfigError, DataError, EngineError, ModelError
 from autocomp.hardware import LatencyTable, Predictor
-from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult, layer_choices
+from autocomp.outcome import PREDICTED, Contender, Event, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.policy import Policy
 from autocomp.protocols import Controller, Engine
 from autocomp.results import LatencyEstimate, TimingProtocol, TrialResult
@@ -111,9 +111,13 @@ def search(
     """
     notes: list[str] = []
 
+    def watch(event: Event) -> None:
+        if isinstance(event, Note):
+            notes.append(event.text)
+        observer(event)
+
     def note(text: str) -> None:
-        notes.append(text)
-        observer(Note(text))
+        watch(Note(text))
 
     for text in (*bench.notes, *_data_notes(bench)):
         note(text)
@@ -140,7 +144,7 @@ def search(
         protocol=TimingProtocol(),
         cache=LatencyTable(run.folder / "latencies.jsonl"),
         folder=run.folder,
-        observer=observer,
+        observer=watch,
         scores=heritage.scores if heritage is not None else scores_of(earlier),
     )
     probe_floor(bench, trials, observer)

@@ -4,16 +4,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import StringIO
 from math import ceil, prod
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import pandas as pd
-
 from autocomp.errors import InputError
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy, Precision
+from autocomp.storage import csv_of
 from autocomp.study.trust import spearman
 
 __all__ = ["Choice", "Kind", "Sensitivity", "SensitivityRow", "read", "stored_bytes"]
@@ -133,9 +131,7 @@ class Sensitivity:
 
     def to_csv(self) -> str:
         """One line a row."""
-        text = StringIO()
-        pd.DataFrame([row.to_json() for row in self.rows]).to_csv(text, index=False)
-        return text.getvalue()
+        return csv_of(row.to_json() for row in self.rows)
 
 
 def read(path: Path, key: str) -> Sensitivity | None:

@@ -1,7 +1,9 @@
 """The loop ask -> evaluate -> tell, its stop rules, and its replay after a kill."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from autocomp.errors import AutocompError
@@ -42,7 +44,7 @@ def journaled_trials(entries: Iterable[Mapping[str, Any]]) -> list[TrialResult]:
 class Study:
     """Runs plans one after the other over one journal.
 
-    Every wave is journaled before it is evaluated and every result as it arrives. Opened again after a kill, the
+    Every wave is journaled before it is evaluated, and results as they arrive. Opened again after a kill, the
     study asks each controller the same questions and tells it the same answers, so that its random state is what it
     was; only what has no result is evaluated.
     """
@@ -51,16 +53,13 @@ class Study:
         self._run = run
         self._executor = executor
         self._observer = observer
-        past = journaled_trials(run.entries("trial"))
+        past = journaled_trials(Run.entries_of(run.folder))
         self.results = [result for result in past if result.status != "failed"]  # what failed may have been passing
         self._by_policy: dict[str, TrialResult] = {}
         for result in self.results:
             self._by_policy.setdefault(result.policy.digest, result)
         self._journaled = {(r.role, r.policy.digest): r for r in self.results}
-        self._past_waves: dict[str, list[list[Policy]]] = {}
-        for entry in run.entries("wave"):
-            policies = [Policy.from_json(policy) for policy in entry["policies"]]
-            self._past_waves.setdefault(entry["role"], []).append(policies)
+        self._number = max((result.number for result in self.results), default=-1) + 1
 
     def of(self, role: str) -> list[TrialResult]:
         """Results of a role, in trial order."""
@@ -73,8 +72,9 @@ class Study:
             StudyError: `MAX_FAILURES` trials in a row failed.
         """
         self._observer(Phase(plan.role, plan.trials))
-        past = iter(self._past_waves.get(plan.role, []))
+        past = self._past_waves(plan.role)
         distinct: set[str] = set()
+        last: deque[TrialResult] = deque(maxlen=MAX_FAILURES)
         duplicates = 0
         while len(distinct) < plan.trials and duplicates < MAX_DUPLICATES:
             asked = plan.controller.ask(min(plan.wave, plan.trials - len(distinct)))
@@ -90,16 +90,23 @@ class Study:
             answers = self._answer(plan.role, fresh)
             told = [answers.get(policy.digest) or self._journaled[plan.role, policy.digest] for policy in wave]
             plan.controller.tell(told)
-            self._stop_if_hopeless(plan.role)
+            last.extend(answers.values())
+            _stop_if_hopeless(last)
         if duplicates >= MAX_DUPLICATES:
             self._observer(Note(f"{plan.role}: {duplicates} proposals in a row were known already, so it ended early"))
         return self.of(plan.role)
 
+    def _past_waves(self, role: str) -> Iterator[list[Policy]]:
+        """What was asked before a stop, read as it is needed."""
+        for entry in Run.entries_of(self._run.folder):
+            if entry["kind"] == "wave" and entry["role"] == role:
+                yield [Policy.from_json(policy) for policy in entry["policies"]]
+
     def _answer(self, role: str, policies: Sequence[Policy]) -> dict[str, TrialResult]:
         """Results for distinct policies, in trial order: journaled, known from another role, or evaluated."""
         answers: dict[str, TrialResult] = {}
+        copied: list[TrialResult] = []
         todo: list[tuple[int, str, Policy]] = []
-        number = max((result.number for result in self.results), default=-1) + 1
         for policy in policies:
             done = self._journaled.get((role, policy.digest))
             if done is not None:
@@ -107,31 +114,35 @@ class Study:
                 continue
             known = self._by_policy.get(policy.digest)
             if known is not None and known.status != "failed":
-                answers[policy.digest] = self._record(
-                    replace(known, number=number, role=role, cached_timing=True, seconds={})
-                )
+                copied.append(replace(known, number=self._number, role=role, cached_timing=True, seconds={}))
             else:
-                todo.append((number, role, policy))
-            number += 1
-        for result in self._executor.run(todo):
-            answers[result.policy.digest] = self._record(result)
+                todo.append((self._number, role, policy))
+            self._number += 1
+        for results in chain([copied], self._executor.run(todo)):
+            fresh = {digest: result for result in results if (digest := result.policy.digest) not in answers}
+            self._record(fresh)
+            answers.update(fresh)
         return dict(sorted(answers.items(), key=lambda item: item[1].number))
 
-    def _record(self, result: TrialResult) -> TrialResult:
-        self._run.record("trial", result=result.to_json())
-        self.results.append(result)
-        self._journaled[result.role, result.policy.digest] = result
-        self._by_policy.setdefault(result.policy.digest, result)
-        self._observer(TrialDone(result))
-        return result
+    def _record(self, results: Mapping[str, TrialResult]) -> None:
+        """Journal what came together, by digest of the policy, and only then tell of it."""
+        if not results:
+            return
+        self._run.record_all("trial", [{"result": result.to_json()} for result in results.values()])
+        for digest, result in results.items():
+            self.results.append(result)
+            self._journaled[result.role, digest] = result
+            self._by_policy.setdefault(digest, result)
+            self._observer(TrialDone(result))
 
-    def _stop_if_hopeless(self, role: str) -> None:
-        last = self.of(role)[-MAX_FAILURES:]
-        if len(last) == MAX_FAILURES and all(result.status == "failed" for result in last):
-            stages = ", ".join(sorted({result.stage for result in last}))
-            raise StudyError(
-                f"{MAX_FAILURES} trials in a row failed (stage: {stages}); the last one said: {last[-1].error}"
-            )
+
+def _stop_if_hopeless(last: Sequence[TrialResult]) -> None:
+    """Raises: StudyError if `MAX_FAILURES` trials, the last ones, all failed."""
+    if len(last) == MAX_FAILURES and all(result.status == "failed" for result in last):
+        stages = ", ".join(sorted({result.stage for result in last}))
+        raise StudyError(
+            f"{MAX_FAILURES} trials in a row failed (stage: {stages}); the last one said: {last[-1].error}"
+        )
 
 
 class FixedList:

@@ -161,7 +161,7 @@ class Trials(Worker):
         that was busy when the first one was taken.
         """
         first = self.limits.latency_ms["p50"]
-        return self.limits.scaled(median([first, *self.cache.references_ms()]) / first)
+        return self.limits.scaled(median((first, *self.cache.references_ms())) / first)
 
     def _steps(self, number: int, role: str, policy: Policy, watch: Stopwatch) -> Steps:
         with watch.at("emit"):

@@ -46,7 +46,7 @@ class Frail:
 
     def load(self, kit: tuple[str, str, str]) -> tuple[str, dict[str, str]]:
         self._killing, self._killing_once, self._killed = kit
-        return platform.node(), {"name": "another"}
+        return platform.node(), {"engine": "another"}
 
     def do(self, task: ScoreTask) -> Answer:
         digest = task.policy.digest
@@ -59,5 +59,19 @@ class Frail:
         return Answer(score=Score(1.0, None, 1), stage="score")
 
 
-def start(name: str, **options: Any) -> Any:
-    return ray.remote(Frail).options(name=name, num_cpus=0, **options).remote()
+class Gone:
+    """A device that goes away with the first task and does not come back."""
+
+    def load(self, gone: str) -> tuple[str, dict[str, str]]:
+        while os.path.exists(gone):
+            time.sleep(0.1)
+        self._gone = gone
+        return "elsewhere", {"engine": "another"}
+
+    def do(self, task: Any) -> None:
+        os.close(os.open(self._gone, os.O_CREAT))
+        os._exit(1)
+
+
+def start(name: str, kind: type = Frail, **options: Any) -> Any:
+    return ray.remote(kind).options(name=name, num_cpus=0, **options).remote()

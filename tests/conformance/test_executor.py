@@ -1,5 +1,6 @@
 """What every executor must do, and what a cluster must survive."""
 
+import importlib
 import json
 import platform
 import subprocess
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,9 @@ from autocomp.config import SearchConfig
 from autocomp.data.arrays import ArraySplit
 from autocomp.data.preprocess import Preprocess
 from autocomp.engines import initializer_bytes, structure_digest
-from autocomp.errors import ConfigError
+from autocomp.errors import ConfigError, RunError
 from autocomp.hardware import LatencyTable
-from autocomp.outcome import EpochDone, Event, Fleet, SearchResult, Step
+from autocomp.outcome import EpochDone, Event, Fleet, Note, SearchResult, Stage, Step
 from autocomp.policy import Policy
 from autocomp.protocols import Executor
 from autocomp.results import TimingProtocol, TrialResult
@@ -36,6 +38,7 @@ from autocomp.study.conduct import conduct, manifest_of
 from autocomp.study.executors import Crew, Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import receive, send
+from autocomp.study.executors.ray import pool
 from autocomp.study.executors.ray.tuning import RATES
 from autocomp.study.run import Run
 from autocomp.study.search import Prologue, begin
@@ -44,7 +47,7 @@ from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
 from autocomp.train import Training, TrainingRecipe, finetune
 from tests.conformance import frail_parts
-from tests.conformance.frail_parts import Refusing, start
+from tests.conformance.frail_parts import Gone, Refusing, start
 
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", batch=32, calibration_images=16,
@@ -139,7 +142,7 @@ def wave(policies: list[Policy], first: int = 0) -> list[tuple[int, str, Policy]
 
 def found(executor: Executor, asked: list[tuple[int, str, Policy]]) -> list[TrialResult]:
     """Results in trial order, without what differs from run to run."""
-    return plain(executor.run(asked))
+    return plain(chain.from_iterable(executor.run(asked)))
 
 
 def plain(results: Iterable[TrialResult]) -> list[TrialResult]:
@@ -185,7 +188,8 @@ def test_two_trials_of_one_structure_are_timed_once(
 
 def test_another_wave_may_follow_one_that_was_left(crew: Crew, trials: Trials, policies: list[Policy]) -> None:
     left = crew.executor(trials).run(wave(policies[3:7]))
-    next(left)
+    while not next(left):
+        pass
     left.close()  # type: ignore[attr-defined]
     executor = crew.executor(trials)
     assert found(executor, []) == []
@@ -215,8 +219,56 @@ def test_a_lost_workers_trial_runs_elsewhere_and_a_killing_policy_fails(
     assert seen[-1].measuring is None
 
 
+def test_a_jobs_folder_must_be_seen_from_other_nodes(
+    cluster: Cluster, frail: rays.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    rays.check(replace(CONFIG, executor="ray", workers=1, out=str(tmp_path / "new" / "run")))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"is not seen by .* storage that every node reaches"):
+        rays.check(
+            replace(CONFIG, executor="ray", workers=1, out="/proc/self/cwd/run")
+        )  # each process has another folder there
+
+
+def test_a_device_that_goes_away_stops_measuring_but_not_scoring(
+    frail: rays.Pool, trials: Trials, policies: list[Policy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(result.latency_ms for result in map(trials.evaluate, *zip(*wave(policies[3:7]), strict=True)))
+    meters = rays.Pool(partial(start, kind=Gone), 1, "meter")
+    meters.equip(str(tmp_path / "gone"))
+    meters.gather()
+    frail.gather()  # those that an earlier test lost
+    monkeypatch.setattr(pool, "START_S", 1.0)
+    done: list[TrialResult] = []
+    with pytest.raises(RunError, match=r"no meter is left .* 'autocomp resume'"):
+        for results in rays.RayExecutor(trials, frail, meters).run(wave([policies[9], *policies[3:7]])):
+            done += results
+    meters.close()
+    assert [(result.policy, result.status) for result in plain(done)] == [(policy, "ok") for policy in policies[3:7]]
+    assert meters.lost == 1
+
+
+def test_a_node_lost_while_workers_start_stops_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    node = cluster.add_node(num_cpus=0)
+    place = NodeAffinitySchedulingStrategy(node.node_id, soft=True)
+    (tmp_path / "gone").touch()  # they load as long as it is there
+    pool = rays.Pool(partial(start, kind=Gone, scheduling_strategy=place), 3, "worker")
+    pool.equip(str(tmp_path / "gone"))
+    ray.wait(list(pool.joining), timeout=3.0)  # until they have started there
+    cluster.remove_node(node, allow_graceful=False)
+    (tmp_path / "gone").unlink()
+    pool.gather()
+    while pool.joining:
+        for ref in ray.wait(list(pool.joining))[0]:
+            pool.joined(ref)
+    assert len(pool.members) == 3 and pool.lost == 0
+    pool.close()
+
+
 def test_a_lost_node_loses_no_trial(cluster: Cluster, frail: rays.Pool, trials: Trials, policies: list[Policy]) -> None:
-    results = rays.RayExecutor(trials, frail, None).run(wave(policies[3:12]))
+    results = chain.from_iterable(rays.RayExecutor(trials, frail, None).run(wave(policies[3:12])))
     numbers = [next(results).number]
     (node,) = cluster.worker_nodes
     cluster.remove_node(node, allow_graceful=False)
@@ -265,6 +317,53 @@ def test_nobody_scores_on_this_machine_while_it_is_measured(
     assert shares and all(share is not None and 0 < share < 1 for share in shares)
 
 
+def test_nobody_scores_beside_a_meter_of_the_same_machine(
+    far: Prologue, trials: Trials, policies: list[Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(trials.backend), "measures", True)
+    assert isinstance(far.crew, rays.RayCrew) and far.crew.meters is not None
+    workers, meters, seen = far.crew.workers, far.crew.meters, list[tuple[int, int]]()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Stage):
+            timing, scoring = (sum(member.busy for member in pool.members) for pool in (meters, workers))
+            seen.append((timing, scoring))
+
+    results = found(rays.RayExecutor(replace(trials, observer=watch), workers, meters), wave(policies[3:9]))
+    assert [result.status for result in results] == ["ok"] * 6
+    assert {member.host for member in (*workers.members, *meters.members)} == {platform.node()}
+    assert not any(timing and scoring for timing, scoring in seen)
+
+
+def test_workers_without_the_targets_engine_are_told_of(
+    far: Prologue, trials: Trials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert isinstance(far.crew, rays.RayCrew)
+    notes: list[Event] = []
+    far.crew.executor(replace(trials, observer=notes.append))
+    assert notes == []
+    monkeypatch.setattr(far.crew.workers.members[0], "engine", "onnxruntime 1.0")
+    far.crew.executor(replace(trials, observer=notes.append))
+    (note,) = notes
+    assert isinstance(note, Note)
+    assert note.text.startswith(
+        f"1 of 2 workers lack {trials.device.engine} and score the same files under onnxruntime"
+    )
+
+
+def test_the_clusters_own_list_names_actors_and_tasks(far: Prologue, trials: Trials, policies: list[Policy]) -> None:
+    from ray.util.state import list_actors, list_tasks
+
+    found(far.crew.executor(trials), wave(policies[3:4]))
+    names = [actor.name for actor in list_actors(filters=[("state", "=", "ALIVE")])]
+    assert sum(name.startswith("autocomp worker") for name in names) == 2
+    assert sum(name.startswith("autocomp meter") for name in names) == 1
+    deadline, tasks = time.monotonic() + 30, set[str]()
+    while not {"time search 0", "score search 0"} <= tasks and time.monotonic() < deadline:  # told with a delay
+        tasks = {task.name for task in list_tasks(limit=1000)}
+    assert {"time search 0", "score search 0"} <= tasks
+
+
 def searched(bench: Workbench, prologue: Prologue, folder: Path) -> SearchResult:
     with Run.create(folder, manifest_of(bench)) as run:
         return conduct(bench, prologue, run, ignore)
@@ -295,6 +394,19 @@ def test_a_target_that_is_another_device_is_refused(cluster: Cluster, bench: Wor
     pool = rays.Pool(start, 1, "meter")
     pool.equip(ray.put(("", "", "")), bench.backend.device.to_json())
     with pytest.raises(ConfigError, match="start the search on a node that has the target"):
+        pool.gather()
+    pool.close()
+
+
+def test_code_that_the_workers_image_lacks_is_named(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "only_on_the_driver.py").write_text("class Station:\n    def load(self, kit):\n        return '', {}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lacking = importlib.import_module("only_on_the_driver").Station
+    pool = rays.Pool(partial(start, kind=lacking), 1, "worker")
+    pool.equip(ray.put(()))
+    with pytest.raises(ConfigError, match="the package only_on_the_driver is missing there: install it in the workers"):
         pool.gather()
     pool.close()
 

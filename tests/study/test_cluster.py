@@ -10,15 +10,21 @@ import numpy as np
 import pytest
 import ray
 
+from autocomp import api
 from autocomp.config import SearchConfig
-from autocomp.engines import BackendSpec
+from autocomp.engines import BackendSpec, make_backend
 from autocomp.errors import ConfigError, DataError
+from autocomp.policy import INT8, Policy
+from autocomp.protocols import Backend
 from autocomp.results import TimingProtocol
 from autocomp.study import executors
 from autocomp.study.executors import Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.run import Manifest, Run
 from autocomp.study.score import Predictions, Scorer
+from autocomp.study.workbench import package_versions
+from tests.engines.conftest import Case
 
 CONFIG = SearchConfig(executor="ray")
 
@@ -107,3 +113,46 @@ def test_a_run_folder_in_a_jobs_copy_is_refused(
     monkeypatch.chdir(copy)
     with pytest.raises(ConfigError, match="outlives"):
         rays.check(replace(CONFIG, out=out))
+
+
+def test_a_run_that_goes_on_is_refused_by_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = tmp_path / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    monkeypatch.chdir(copy)
+    config = replace(CONFIG, out=str(tmp_path / "kept"))
+    Run.create(copy / "run", Manifest(package_versions()["autocomp"], config.to_json(), [], {}, {}, {})).close()
+    with pytest.raises(ConfigError, match="outlives"):
+        api.resume(Path("run"))
+
+
+def test_a_worker_without_the_targets_engine_runs_the_file_under_onnx_runtime(
+    kit: Kit, model: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(spec: BackendSpec) -> Backend:
+        if spec.name == "tensorrt":
+            raise ConfigError("no GPU")
+        return make_backend(spec)
+
+    class Here:
+        def batches(self, size: int) -> Any:
+            yield np.zeros((size, 3, 16, 16), np.float32), np.zeros(size, np.int64)
+
+    monkeypatch.setattr("autocomp.study.executors.kit.make_backend", lacking)
+    file = model.emit(Policy(precisions=dict.fromkeys(model.net.graph.layer_by_name, INT8)))
+    scorer = replace(kit.scorer, split=Here())  # type: ignore[arg-type]
+    worker = open_kit(replace(kit, spec=BackendSpec("tensorrt", 4), reference=file, scorer=scorer))
+    images = np.random.default_rng(0).normal(size=(4, 3, 16, 16)).astype(np.float32)
+    with make_backend(BackendSpec("simulated", 4)).build(file) as engine:
+        assert np.array_equal(worker.reference.run(images), engine.run(images))
+    assert not worker.backend.measures
+
+
+@pytest.mark.parametrize(("share", "fitting"), [(0.0, 8), (0.5, 4), (2.0, 1)])
+def test_as_many_workers_start_as_fit(monkeypatch: pytest.MonkeyPatch, share: float, fitting: int) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    config = replace(CONFIG, gpus_per_worker=share)
+    rays.check(config)
+    assert rays.workers_of(config) == fitting
+    with pytest.raises(ConfigError, match=rf"{9} workers take .* and the cluster has"):
+        rays.check(replace(config, workers=9))

@@ -1,5 +1,6 @@
 """The loop: waves, duplicates, failures, and resuming as if nothing had happened."""
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,16 +40,16 @@ class Counting:
         self.limit = limit
         self.failing = failing
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
         for number, role, policy in wave:
             if len(self.evaluated) == self.limit:
                 raise KeyboardInterrupt
             self.evaluated.append(policy.digest)
             if self.failing:
-                yield TrialResult(number, role, policy, "failed", stage="build", error="refused: Foo")
+                yield [TrialResult(number, role, policy, "failed", stage="build", error="refused: Foo")]
                 continue
             value = 1.0 / (policy.kept["a"] + policy.kept["b"])
-            yield TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 10), 1.0, 2.0, 5, 7)
+            yield [TrialResult(number, role, policy, "ok", (-0.1,), value, Score(value, 0.9, 10), 1.0, 2.0, 5, 7)]
 
     def close(self) -> None:
         pass
@@ -78,7 +79,8 @@ def test_a_stopped_study_goes_on_as_if_it_had_not_stopped(tmp_path: Path, stop: 
     first, second = Counting(limit=stop), Counting()
     with pytest.raises(KeyboardInterrupt):
         explore(tmp_path / "parts", first)
-    resumed = explore(tmp_path / "parts", second)
+    (tmp_path / "parts").rename(tmp_path / "elsewhere")  # as another machine finds it
+    resumed = explore(tmp_path / "elsewhere", second)
     assert [(r.number, r.policy) for r in resumed] == [(r.number, r.policy) for r in whole]
     assert len(first.evaluated) == stop
     assert not set(first.evaluated) & set(second.evaluated)
@@ -126,7 +128,7 @@ def test_what_failed_is_tried_again_when_the_run_goes_on(tmp_path: Path) -> None
         explore(tmp_path / "run", Counting(failing=True))
     results = explore(tmp_path / "run", Counting())
     assert len(results) == 20 and all(result.status == "ok" for result in results)
-    entries = Run.entries_of(tmp_path / "run")
+    entries = list(Run.entries_of(tmp_path / "run"))
     assert len([entry for entry in entries if entry["kind"] == "trial"]) > 20
     assert sorted(journaled_trials(entries), key=lambda result: result.number) == results
 
@@ -135,10 +137,37 @@ def test_results_are_on_disk_before_the_next_trial_begins(tmp_path: Path) -> Non
     folder = tmp_path / "run"
 
     class Watching(Counting):
-        def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
-            for result in super().run(wave):
+        def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
+            for (result,) in super().run(wave):
                 on_disk = [entry for entry in Run.entries_of(folder) if entry["kind"] == "trial"]
                 assert len(on_disk) == result.number
-                yield result
+                yield [result]
 
     explore(folder, Watching(), trials=6)
+
+
+def test_results_that_came_together_are_forced_to_disk_at_once_and_count_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[int] = []
+
+    class Together(Counting):
+        def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
+            results = [result for (result,) in super().run(wave)]
+            forced.clear()
+            yield results[:3]
+            assert len(forced) == 1
+            yield []
+            yield [*results[2:], results[0]]
+            assert len(forced) == 2
+
+    def force(handle: int) -> None:
+        forced.append(handle)
+        inner(handle)
+
+    inner = os.fsync
+    monkeypatch.setattr(os, "fsync", force)
+    results = explore(tmp_path / "run", Together(), trials=8)
+    assert [result.number for result in results] == list(range(8))
+    assert [r.number for r in journaled_trials(Run.entries_of(tmp_path / "run"))] == list(range(8))
+    assert sum(entry["kind"] == "trial" for entry in Run.entries_of(tmp_path / "run")) == 8

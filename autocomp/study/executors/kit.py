@@ -15,7 +15,7 @@ from autocomp.results import TimingProtocol
 from autocomp.study.score import Scorer
 from autocomp.study.worker import Emitter, Worker
 
-__all__ = ["Kit", "Parcel", "open_kit", "receive", "send"]
+__all__ = ["Kit", "Parcel", "lacks", "open_kit", "receive", "send"]
 
 Parcel = tuple[bytes, Sequence[NDArray[np.uint8]]]
 """A pickle and the arrays it refers to, which a machine's workers share where they lie."""
@@ -58,12 +58,16 @@ def receive(parcel: Parcel) -> Kit:
     try:
         kit: Any = pickle.loads(head, buffers=arrays)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"the package {error.name} is missing there: install it in the workers' image, or submit it with the job "
-            "(--working-dir)"
-        ) from error
+        raise ConfigError(lacks(str(error.name))) from error
     assert isinstance(kit, Kit)
     return kit
+
+
+def lacks(package: str) -> str:
+    return (
+        f"the package {package} is missing there: install it in the workers' image, or submit it with the job "
+        "(--working-dir)"
+    )
 
 
 def open_kit(kit: Kit) -> Worker:

@@ -18,9 +18,9 @@ class LocalExecutor:
     def __init__(self, trials: Trials) -> None:
         self._trials = trials
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
         for number, role, policy in wave:
-            yield self._trials.evaluate(number, role, policy)
+            yield [self._trials.evaluate(number, role, policy)]
 
     def close(self) -> None:
         """Nothing is held."""

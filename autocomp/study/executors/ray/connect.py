@@ -4,18 +4,24 @@ import logging
 import os
 import socket
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.services import canonicalize_bootstrap_address
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.config import SearchConfig
 from autocomp.errors import ConfigError
+from autocomp.storage import storage_errors
 from autocomp.study.worker import line_of
 
 __all__ = ["ANSWER_S", "check", "workers_of"]
 
 ANSWER_S = 5.0
 """Longest wait for an address to accept a connection."""
+LOOK_S = 30.0
+"""Longest wait for the nodes to say whether they see a folder."""
 _HIDDEN = ("node:", "memory", "object_store_memory", "accelerator_type:")
 
 
@@ -23,11 +29,14 @@ def check(config: SearchConfig) -> None:
     """Connect, and refuse a cluster that cannot do what is asked. A connection that stands is used.
 
     Raises:
-        ConfigError: no answer, other versions, too few resources, or ``out`` would be lost with a job.
+        ConfigError: no answer, other versions, too few resources, or ``out`` would be lost with a job, or with the
+            node that the job runs on.
     """
     _refuse_passing_folder(config.out)
     if not ray.is_initialized():
         _connect(config.address)
+    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+        _refuse_unshared_folder(config.out)
     has = ray.cluster_resources()
     wanted = workers_of(config)
     for unit, each in (("CPU", 1.0), ("GPU", config.gpus_per_worker)):
@@ -84,4 +93,26 @@ def _refuse_passing_folder(out: str | None) -> None:
         raise ConfigError(
             "a Ray job's working directory is a copy that is thrown away: give --out a folder on storage that outlives "
             "the job"
+        )
+
+
+def _refuse_unshared_folder(out: str | None) -> None:
+    """Raises: ConfigError if another node of the cluster does not see the folder that the run would lie in."""
+    folder = Path(os.path.abspath(out or "runs"))
+    here = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    own = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    others.pop(own, None)
+    with storage_errors(folder), NamedTemporaryFile(dir=here, prefix=".autocomp-") as mark:
+        looks = ray.remote(num_cpus=0)(os.path.exists)
+        asked = {
+            looks.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(mark.name): node
+            for node in others
+        }
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S) if asked else ([], [])
+        blind = sorted({others[asked[ref]] for ref in answered if not ray.get(ref)})
+    if blind:
+        raise ConfigError(
+            f"{folder} is not seen by {', '.join(blind)}: give --out a folder on storage that every node reaches, so "
+            "that the run outlives this one"
         )

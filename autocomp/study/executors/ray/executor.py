@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from autocomp.config import SearchConfig
-from autocomp.outcome import Fleet, Stage
+from autocomp.outcome import Fleet, Note, Stage
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.study.executors.kit import Kit, send
@@ -57,16 +57,21 @@ class RayExecutor:
         self._retried = 0
         self._begun, self._timed_s = monotonic(), 0.0
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[TrialResult]:
+    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
         left = deque(wave)
         try:
             while left or self._sent or any(self._queues.values()):
                 while left and self._under_way < 2 * self._workers.size:
-                    yield from self._begin(*left.popleft())
-                yield from self._time_here()
+                    yield list(self._begin(*left.popleft()))
+                for result in self._time_here():
+                    yield [result]
                 self._send()
-                for flight, answer in self._answers():
-                    yield from self._advance(flight, answer)
+                came: list[TrialResult] = []
+                try:
+                    for flight, answer in self._answers():
+                        came += self._advance(flight, answer)
+                finally:
+                    yield came  # those before a bug in a worker's answer as well
         finally:
             self.close()
 
@@ -129,13 +134,14 @@ class RayExecutor:
                 self._hand_over(self._queues[False].popleft(), self._workers, member)
         if self._queues[False]:
             self._workers.require()
-        if self._queues[True] and self._meters is not None:
+        elif self._queues[True] and self._meters is not None and not self._sent:  # what can be scored is, before
             self._meters.require()
 
     def _hand_over(self, flight: _Flight, pool: Pool, member: Member) -> None:
         self._announce(flight)
         member.busy = True
-        self._sent[member.actor.do.remote(flight.task)] = flight, pool, member
+        name = f"{_stage_of(flight.task)} {flight.role} {flight.number}"
+        self._sent[member.actor.do.options(name=name).remote(flight.task)] = flight, pool, member
 
     def _answers(self) -> Iterator[tuple[_Flight, Answer]]:
         """What has been done since; members that died are replaced, and their trials wait for another."""
@@ -161,9 +167,8 @@ class RayExecutor:
                     self._retried += 1
                     self._push(flight)
                     continue
-                stage = "time" if isinstance(flight.task, TimeTask) else "score"
                 reason = f"it lost {ATTEMPTS} workers, the last one so: {reason_of(error)}"
-                answer = Answer(stage=stage, error=reason, log="\n\n".join(flight.losses))
+                answer = Answer(stage=_stage_of(flight.task), error=reason, log="\n\n".join(flight.losses))
             yield flight, answer
         lost = sum(pool.lost for pool in pools)
         fleet = Fleet(len(self._workers.members), len(self._sent), lost, self._retried, self._share_timed())
@@ -177,8 +182,7 @@ class RayExecutor:
         return self._timed_s / (devices * max(monotonic() - self._begun, 1e-3))
 
     def _announce(self, flight: _Flight) -> None:
-        stage = "time" if isinstance(flight.task, TimeTask) else "score"
-        self._trials.observer(Stage(flight.number, flight.role, stage))
+        self._trials.observer(Stage(flight.number, flight.role, _stage_of(flight.task)))
 
     def _quiet(self, host: str) -> bool:
         """Whether nothing disturbs a measurement there: nobody scores, or times are computed anyway."""
@@ -221,6 +225,15 @@ class RayCrew:
 
     def executor(self, trials: Trials) -> RayExecutor:
         self._gather()
+        engine = trials.device.engine
+        others = [member.engine for member in self.workers.members if member.engine != engine]
+        if others:
+            trials.observer(
+                Note(
+                    f"{len(others)} of {len(self.workers.members)} workers lack {engine} and score the same files "
+                    f"under {', '.join(sorted(set(others)))}; finalists are scored again on the target"
+                )
+            )
         return RayExecutor(trials, self.workers, self.meters)
 
     def trainer(self) -> Trainer:
@@ -248,6 +261,10 @@ def trainer(config: SearchConfig) -> Trainer:
     from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
 
     return finetune_on_ray
+
+
+def _stage_of(task: Task) -> str:
+    return "time" if isinstance(task, TimeTask) else "score"
 
 
 def _station(name: str, **options: Any) -> Any:

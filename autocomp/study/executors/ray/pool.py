@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
@@ -11,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 
 from autocomp.errors import AutocompError, ConfigError, RunError
-from autocomp.study.executors.kit import Parcel, open_kit, receive
+from autocomp.study.executors.kit import Parcel, lacks, open_kit, receive
 from autocomp.study.tasks import Answer, Task
 from autocomp.study.worker import Worker, line_of
 
@@ -23,6 +24,8 @@ START_S = 300.0
 """Longest wait for a first worker to start, and for one to come back when all are lost."""
 REST_S = 10.0
 """Longest wait for the rest once a first one has started."""
+_NODE_DIED = "its node has died"
+"""As Ray says it of an actor."""
 
 
 class Station:
@@ -51,10 +54,11 @@ class Station:
 
 @dataclass(eq=False)
 class Member:
-    """One actor of a pool, and the machine it is on."""
+    """One actor of a pool, the machine it is on, and the engine it has there."""
 
     actor: Any
     host: str = ""
+    engine: str = ""
     busy: bool = False
 
 
@@ -76,6 +80,7 @@ class Pool:
         self.joining: dict[Any, Member] = {}
         self.lost = 0
         self._made = self._failed_starts = 0
+        self._reason = ""
         self._missing_since = monotonic()
         self._waiting = [self._started() for _ in range(size)]
 
@@ -112,8 +117,8 @@ class Pool:
             self._missing_since = monotonic()
         elif not self.joining or monotonic() - self._missing_since > START_S:
             raise RunError(
-                f"no {self._name} is left on the cluster, and none came back: mend it, then go on with "
-                "'autocomp resume'"
+                f"no {self._name} is left on the cluster, and none came back{self._reason}: mend it, then go on "
+                "with 'autocomp resume'"
             )
 
     def joined(self, ref: Any) -> None:
@@ -126,8 +131,13 @@ class Pool:
         try:
             member.host, device = ray.get(ref)
         except RayError as error:
+            if _NODE_DIED in str(error):  # which is no fault of what starts, on as many actors as were there
+                self._load(self._started())
+                return
             self._failed_starts += 1
-            if not self.members and (isinstance(error, ConfigError) or self._failed_starts >= FAILED_STARTS):
+            self._reason = f" ({reason_of(error)})"
+            never = not self.members and not self.lost
+            if never and (isinstance(error, ConfigError) or self._failed_starts >= FAILED_STARTS):
                 raise ConfigError(reason_of(error)) from error
             if self._failed_starts < FAILED_STARTS:
                 self._load(self._started())
@@ -138,6 +148,7 @@ class Pool:
                 "node that has the target, as with 'ray job submit --entrypoint-resources'"
             )
         self._failed_starts = 0
+        member.engine = device["engine"]
         self.members.append(member)
 
     def lose(self, member: Member) -> None:
@@ -170,4 +181,7 @@ class Pool:
 def reason_of(error: BaseException) -> str:
     """What an actor's end was, as one line."""
     cause = getattr(error, "cause", None)
-    return line_of(cause if isinstance(cause, AutocompError) else error)
+    if isinstance(cause, AutocompError):
+        return line_of(cause)
+    missing = re.search(r"No module named '([^'.]+)", str(error))  # as Ray tells it of an actor's own code
+    return f"a worker cannot start: {lacks(missing[1])}" if missing else line_of(error)
