@@ -50,6 +50,8 @@ MODEL = SearchConfig(
     model="zoo:resnet20", data="random:3x32x32x10", engine="simulated", budget=("0.7x",), calibration_images=64,
     search_images=64, selection_images=64,
 )  # fmt: skip
+SEARCHED = 24
+"""Trials of a search in which something is killed, before its baselines."""
 DEVICE = DeviceInfo("a-device", "an engine", 1, (("driver", "a driver"),))
 
 
@@ -147,7 +149,7 @@ def many() -> dict[str, Any]:
     before = _memory_mb("RssAnon")
     elapsed = sleep_through(8, 256, 20.0, plan)
     ray.shutdown()
-    bare = "import resource, torch; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    bare = "import torch; print(open('/proc/self/status').read().partition('VmHWM:')[2].split()[0])"
     torch_kb = subprocess.run([sys.executable, "-c", bare], capture_output=True, check=True).stdout
     found = {
         "workers": 256,
@@ -155,6 +157,7 @@ def many() -> dict[str, Any]:
         "busy": 4 * 20.0 / elapsed,
         "driver_peak_mb": _memory_mb("VmHWM"),
         "of_it_libraries_mb": _memory_mb("RssFile"),
+        "of_it_own_mb": _memory_mb("RssAnon"),
         "grown_mb": _memory_mb("RssAnon") - before,
         "import_torch_alone_mb": int(torch_kb) * 1024 / 1e6,
         "ask_tell_ms": max(controller.waves),
@@ -271,8 +274,8 @@ def kills(runs: int) -> dict[str, Any]:
         for turn in range(runs):
             what, run = ("worker", "node", "driver")[turn % 3], Path(folder) / str(turn)
             process = _driver("search", run, cluster.address)
-            _wait_for(run / "journal.jsonl")
-            time.sleep(draw.uniform(0.0, 6.0))
+            _wait_for(run / "journal.jsonl", '"kind": "trial"', draw.randrange(SEARCHED))
+            time.sleep(draw.uniform(0.0, 0.5))
             if what == "driver":
                 os.kill(process.pid, signal.SIGKILL)
                 process.wait()
@@ -299,7 +302,8 @@ def kills(runs: int) -> dict[str, Any]:
 
 def _driver(verb: str, run: Path, address: str) -> "subprocess.Popen[bytes]":
     flags = ["--executor", "ray", "--address", address, "--model", "zoo:resnet8", "--data", "random:3x16x16x10"]
-    flags += ["--engine", "simulated", "--budget", "0.7x", "--trials", "24", "--baseline-trials", "4", "--wave", "8"]
+    flags += ["--engine", "simulated", "--budget", "0.7x", "--trials", str(SEARCHED), "--baseline-trials", "4"]
+    flags += ["--wave", "8"]
     flags += ["--calibration-images", "16", "--search-images", "32", "--selection-images", "32", "--finalists", "1"]
     words = [verb, str(run)] if verb == "resume" else [verb, *flags, "--out", str(run)]
     return _autocomp(words, dict(os.environ))
@@ -309,10 +313,10 @@ def _autocomp(words: Sequence[str], environment: Mapping[str, str]) -> "subproce
     return subprocess.Popen([sys.executable, "-m", "autocomp", *words], stdout=subprocess.DEVNULL, env=environment)
 
 
-def _wait_for(path: Path, text: str = "") -> None:
-    """Until a file is there and holds a text."""
+def _wait_for(path: Path, text: str, times: int = 1) -> None:
+    """Until a file is there and holds a text so often."""
     deadline = time.monotonic() + 600
-    while not (path.exists() and text in path.read_text()):
+    while not (path.exists() and path.read_text().count(text) >= times):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{path} does not hold {text!r}")
         time.sleep(0.05)

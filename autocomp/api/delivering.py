@@ -68,8 +68,7 @@ def finetune(
     watch = observer or silent
     result, manifest = load_result(run), read_manifest(run)
     config = SearchConfig.from_json(manifest.config)
-    if address is not None:
-        config = replace(config, address=address)
+    config = replace(config, out=str(run), address=address or config.address)
     if of_live_objects(config):
         raise RunError(f"{run} was started from live objects: name model and data, and search again")
     if finalists is not None:

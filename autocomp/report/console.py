@@ -54,7 +54,7 @@ class LiveScreen:
         self._console = console
         self._phase: Phase | None = None
         self._begun = monotonic()
-        self._done = self._trials = 0
+        self._done = self._trials = self._failed = 0
         self._stage: Stage | None = None
         self._fleet: Fleet | None = None
         self._best: dict[str, TrialResult] = {}
@@ -78,7 +78,7 @@ class LiveScreen:
             case Phase():
                 self._end_phase()
                 self._phase, self._begun, self._stage = event, monotonic(), None
-                self._done = self._trials = 0
+                self._done = self._trials = self._failed = 0
             case Stage():
                 self._stage = event
             case Fleet():
@@ -99,6 +99,7 @@ class LiveScreen:
         if result.feasible and (best is None or _rank(result) < _rank(best)):
             self._best[result.role] = result
         self._trials += 1
+        self._failed += result.status == "failed"
         self._advance()
 
     def _advance(self) -> None:
@@ -129,7 +130,8 @@ class LiveScreen:
         if best is not None:
             parts.append(f"best {_found(best)}")
         if self._fleet is not None and self._trials:
-            parts.append(_counts(self._fleet, 60 * self._trials / max(monotonic() - self._begun, 1e-3)))
+            a_minute = 60 * self._trials / max(monotonic() - self._begun, 1e-3)
+            parts.append(_counts(self._fleet, a_minute, self._failed))
         if self._stage is not None:
             role = f" ({self._stage.role})" if self._stage.role != name else ""
             parts.append(f"trial {self._stage.number}{role}: {self._stage.name}")
@@ -263,8 +265,10 @@ def _rank(result: TrialResult) -> float:
     return float("inf") if result.objective is None else result.objective
 
 
-def _counts(fleet: Fleet, a_minute: float) -> str:
+def _counts(fleet: Fleet, a_minute: float, failed: int) -> str:
     parts = [f"{fleet.in_flight} trials on {fleet.workers} workers", f"{significant(a_minute, 2)}/min"]
+    if failed:
+        parts.append(f"{failed} failed")
     if fleet.measuring is not None:
         parts.append(f"device timing {100 * fleet.measuring:.0f}% of the time")
     if fleet.lost:

@@ -165,9 +165,10 @@ def test_a_clusters_counts_stand_in_the_line(share: float | None, said: str) -> 
     with live:
         live(Phase("search", 20))
         live(Fleet(7, 9, 1, 2, share))
-        for number in range(2):
+        live(TrialDone(replace(trial(0, 0.5), status="failed")))
+        for number in range(1, 4):
             live(TrialDone(trial(number, 0.5)))
-    counts = rf"9 trials on 7 workers, \S+/min{said}, 1 workers lost, 2 trials sent again"
+    counts = rf"9 trials on 7 workers, \S+/min, 1 failed{said}, 1 workers lost, 2 trials sent again"
     assert re.search(counts, file.getvalue().splitlines()[0])
 
 
