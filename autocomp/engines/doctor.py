@@ -16,6 +16,8 @@ __all__ = ["Diagnosis", "EngineCheck", "GpuCheck", "advice_for", "diagnose"]
 
 # Compute capabilities from which on tensor cores have a type.
 _TYPES = (("fp16", (7, 0)), ("int8", (7, 5)), ("tf32", (8, 0)), ("bf16", (8, 0)), ("fp8", (8, 9)))
+HELD = 0.75
+"""Of the highest clock: what a GPU holds under load, whatever its power limit."""
 _PACKAGES = ("torch", "onnx", "onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pycuda", "cuda-bindings")
 
 
@@ -50,6 +52,7 @@ class GpuCheck:
         state: clocks, power and temperature now; None where it does not tell.
         types: its tensor cores compute with.
         access: the package that drives it: pycuda or cuda-bindings.
+        highest_mhz: SM clock; None where the driver does not tell.
     """
 
     info: GpuInfo
@@ -57,6 +60,7 @@ class GpuCheck:
     state: GpuState | None
     types: tuple[str, ...]
     access: str
+    highest_mhz: int | None = None
 
     @property
     def clocks(self) -> str:
@@ -120,7 +124,8 @@ def _gpu() -> tuple[GpuCheck | None, str | None]:
         return None, str(error)
     telemetry = Nvml(cuda.info.bus)
     types = tuple(name for name, since in _TYPES if cuda.info.capability >= since)
-    return GpuCheck(cuda.info, telemetry.driver_version(), telemetry.read(), types, cuda.package), None
+    read = telemetry.driver_version(), telemetry.read(), types, cuda.package, telemetry.highest_mhz()
+    return GpuCheck(cuda.info, *read), None
 
 
 def _engine(name: str) -> EngineCheck:
@@ -155,8 +160,9 @@ def advice_for(gpu: GpuCheck | None, engines: tuple[EngineCheck, ...], packages:
             found.append("to run TensorRT on this GPU: pip install 'autocomp[tensorrt]'")
         if "pycuda" not in packages and "cuda-bindings" not in packages:
             found.append("to reach the GPU: pip install cuda-bindings")
-        if gpu.state is not None and not gpu.state.locked:
-            found.append(f"for steadier times: sudo nvidia-smi -lgc {gpu.state.sm_mhz} (undo: sudo nvidia-smi -rgc)")
+        if gpu.highest_mhz is not None and gpu.state is not None and not gpu.state.locked:
+            held = int(HELD * gpu.highest_mhz)
+            found.append(f"for steadier times: sudo nvidia-smi -lgc {held} (undo: sudo nvidia-smi -rgc)")
     if "openvino" in missing:
         found.append("for a second engine on this processor: pip install 'autocomp[openvino]'")
     return found

@@ -22,13 +22,35 @@ from time import monotonic
 from autocomp.engines.doctor import diagnose
 from autocomp.errors import AutocompError
 from benchmarks.common import machine
-from benchmarks.gpu.engines import engines
 from benchmarks.gpu.job import CannotRunError, Job
-from benchmarks.gpu.profile import profile
-from benchmarks.gpu.search import search
-from benchmarks.gpu.training import finetune
 
 __all__ = ["PARTS", "main", "record"]
+
+
+# A part imports what it needs when it begins, so that a package that is missing costs that part alone.
+def engines(job: Job) -> None:
+    from benchmarks.gpu.engines import engines
+
+    engines(job)
+
+
+def profile(job: Job) -> None:
+    from benchmarks.gpu.profile import profile
+
+    profile(job)
+
+
+def search(job: Job) -> None:
+    from benchmarks.gpu.search import search
+
+    search(job)
+
+
+def finetune(job: Job) -> None:
+    from benchmarks.gpu.training import finetune
+
+    finetune(job)
+
 
 PARTS: Mapping[str, Callable[[Job], None]] = {
     "engines": engines,

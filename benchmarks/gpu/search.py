@@ -13,7 +13,7 @@ from benchmarks.gpu.networks import FP16, everywhere, network
 __all__ = ["search", "trials_for"]
 
 ASKED = ("--budget", "0.5x", "--space", "gpu", "--json")
-FEW = ("--calibration-images", "64", "--search-images", "64", "--selection-images", "64")
+FEW = ("--calibration-images", "64", "--search-images", "32", "--selection-images", "64")
 RANDOM = ("--model", "torchvision:resnet50", "--data", "random:3x224x224", "--batch", "8", *FEW)
 TRIED = ("resnet18", 64)
 """Network and side of the images that say how long an engine takes."""

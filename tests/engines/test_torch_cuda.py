@@ -48,6 +48,15 @@ def test_bfloat16_loses_what_bfloat16_loses(resnet8: Case) -> None:
     assert 1e-3 < np.linalg.norm(computed(resnet8, data) - expected) / np.linalg.norm(expected) < 2e-2
 
 
+def test_a_file_is_compiled_as_one_graph(resnet8: Case) -> None:
+    """A break would leave most of a network uncompiled without a word."""
+    data = resnet8.emit(Policy(precisions={layer.name: FP16 for layer in resnet8.net.graph.layers}))
+    module, images = OnnxModule(data).eval(), torch.from_numpy(resnet8.images)
+    with torch.no_grad():
+        found = torch.compile(module, backend="eager", fullgraph=True, dynamic=False)(images)
+        assert torch.equal(found, module(images))
+
+
 def test_every_operators_value_has_its_name_in_the_file(resnet8: Case) -> None:
     data = resnet8.emit(Policy())
     with torch.no_grad():

@@ -86,6 +86,10 @@ class Nvml:
         self._library.nvmlSystemGetDriverVersion(text, 96)
         return text.value.decode(errors="replace")
 
+    def highest_mhz(self) -> int | None:
+        """SM clock that the GPU has at most."""
+        return self._number("nvmlDeviceGetMaxClockInfo", _SM_CLOCK) or None if self._library is not None else None
+
     def _number(self, call: str, *which: int) -> int:
         value = ctypes.c_uint()
         getattr(self._library, call)(self._handle, *which, ctypes.byref(value))

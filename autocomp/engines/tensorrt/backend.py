@@ -25,14 +25,15 @@ from autocomp.results import OperatorTimes
 
 __all__ = ["TensorRtBackend", "parse_targets"]
 
+FP16 = Precision("fp16", "fp16")
 NUMERICS = Numerics(signed_activations=True, symmetric_activations=True, weight_max=127)
 SINCE = (
+    (Precision("bf16", "bf16"), (8, 0)),
     (FP8, (8, 9)),
     (Precision("fp16", "fp16", sparse=True), (8, 0)),
     (Precision("int8", "int8", sparse=True), (8, 0)),
 )
 """Precisions, and the compute capability of the first tensor cores that have them."""
-HALVES = (Precision("fp16", "fp16"), Precision("bf16", "bf16"))
 
 
 class TensorRtBackend:
@@ -70,7 +71,7 @@ class TensorRtBackend:
     def capabilities(self) -> Capabilities:
         oldest = min(map(_capability, self._targets)) if self._cuda is None else self._cuda.info.capability
         newer = [kind for kind, since in SINCE if oldest >= since]
-        return Capabilities((FP32, *HALVES, INT8, *FEWER_BITS, *newer), channel_multiple=8, numerics=NUMERICS)
+        return Capabilities((FP32, FP16, INT8, *FEWER_BITS, *newer), channel_multiple=8, numerics=NUMERICS)
 
     def build(self, onnx: bytes) -> TensorRtEngine | AheadOfTimeEngine:
         plan = self.plan(self._prepared(onnx))

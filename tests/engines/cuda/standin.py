@@ -217,3 +217,45 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the module above pycuda imported anew, now and after the test."""
     monkeypatch.setitem(sys.modules, "autocomp.engines.cuda.with_pycuda", None)  # type: ignore[arg-type]
     del sys.modules["autocomp.engines.cuda.with_pycuda"]
+
+
+class Library:
+    """The driver's management library for one GPU, as ctypes sees it."""
+
+    def __init__(self, reasons: int) -> None:
+        self._numbers = {
+            "nvmlDeviceGetClockInfo": {1: 1980, 2: 6251},
+            "nvmlDeviceGetMaxClockInfo": {1: 2040, 2: 6251},
+            "nvmlDeviceGetTemperature": {0: 61},
+        }
+        self._reasons = reasons
+
+    def nvmlInit_v2(self) -> int:  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetHandleByPciBusId_v2(self, bus: bytes, handle: Any) -> int:  # noqa: N802
+        handle._obj.value = 7
+        return 0 if bus == b"0000:01:00.0" else 6
+
+    def nvmlDeviceGetPowerUsage(self, handle: Any, found: Any) -> int:  # noqa: N802
+        found._obj.value = 72_000
+        return 0
+
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: Any, found: Any) -> int:  # noqa: N802
+        assert handle.value == 7 and isinstance(found._obj, ctypes.c_ulonglong)
+        found._obj.value = self._reasons
+        return 0
+
+    def nvmlSystemGetDriverVersion(self, text: Any, size: int) -> int:  # noqa: N802
+        text.value = b"580.65.06"
+        return 0
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        numbers = self._numbers[name]
+
+        def call(handle: Any, which: int, found: Any) -> int:
+            assert handle.value == 7 and isinstance(found._obj, ctypes.c_uint)
+            found._obj.value = numbers[which]
+            return 0
+
+        return call

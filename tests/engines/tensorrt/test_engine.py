@@ -2,6 +2,7 @@
 place of TensorRT's runtime. What a GPU does with it is tested by the conformance suite, where there is one."""
 
 import ctypes
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Plan:
     """A deserialized engine, and its execution context; the output comes first, as it may."""
 
     num_io_tensors = 2
+    profiler: Any = None
 
     def __init__(self, executor: OnnxRuntimeEngine, shape: tuple[int, ...], cuda: HostCuda) -> None:
         self._executor, self._cuda = executor, cuda
@@ -110,6 +112,9 @@ class Plan:
     def get_tensor_mode(self, name: str) -> Mode:
         return Mode.INPUT if name == "input" else Mode.OUTPUT
 
+    def create_engine_inspector(self) -> SimpleNamespace:
+        return SimpleNamespace(get_engine_information=lambda form: f'{{"Layers": ["conv1"], "Form": "{form}"}}')
+
     def set_tensor_address(self, name: str, address: int) -> None:
         self._addresses[name] = address
 
@@ -118,6 +123,9 @@ class Plan:
         self._cuda.download(images, self._addresses["input"], stream)
         self._cuda.upload(self._addresses["logits"], self._executor.run(images), stream)
         self._cuda.launches += 1
+        if self.profiler is not None:
+            for name, ms in {"conv1": 1.0, "layer1": self._cuda.launches % 2}.items():
+                self.profiler.report_layer_time(name, float(ms))
         return not self.fails
 
 
@@ -131,7 +139,12 @@ def parts(request: pytest.FixtureRequest, resnet8: Case, monkeypatch: pytest.Mon
         class Logger:
             INTERNAL_ERROR, ERROR = "internal", "error"
 
-        module = SimpleNamespace(ILogger=Logger, Runtime=lambda logger: runtime, TensorIOMode=Mode, __spec__=None)
+        class Profiler: ...
+
+        module = SimpleNamespace(
+            ILogger=Logger, IProfiler=Profiler, LayerInformationFormat=SimpleNamespace(JSON="json"), TensorIOMode=Mode,
+            Runtime=lambda logger: runtime, __spec__=None,
+        )  # fmt: skip
         monkeypatch.setitem(sys.modules, "stand_in_runtime", module)  # type: ignore[arg-type]
         yield Flavour("tensorrt", "stand_in_runtime", "10.9"), plan, cuda
 
@@ -165,6 +178,14 @@ def test_times_are_of_single_launches_and_memory_is_given_back(parts: Any, resne
     assert not cuda.memory and cuda.released
     with pytest.raises(EngineError, match="closed"):
         engine.run(resnet8.images)
+
+
+def test_layers_are_timed_launch_by_launch_and_the_inspector_is_asked_for_json(parts: Any) -> None:
+    flavour, _, cuda = parts
+    with TensorRtEngine(flavour, b"plan", cuda, BATCH) as engine:
+        layers, run_ms = engine.profile(3)
+        assert layers.keys() == {"conv1", "layer1"} and layers["conv1"] == 1.0 and run_ms == RUN_MS
+        assert json.loads(engine.inspect()) == {"Layers": ["conv1"], "Form": "json"}
 
 
 def test_copies_are_told_apart(parts: Any, monkeypatch: pytest.MonkeyPatch) -> None:

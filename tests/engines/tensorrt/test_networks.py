@@ -87,12 +87,6 @@ def test_torchvision_networks(name: str) -> None:
     simulated = run(quantized.module, images).numpy()
     error = outputs(file, images) - simulated
     assert 10 * np.log10(np.sum(simulated**2) / np.sum(error**2)) >= 20
-    print(
-        name,
-        "dB",
-        10 * np.log10(np.sum(simulated**2) / np.sum(error**2)),
-        10 * np.log10(np.sum(expected**2) / np.sum((outputs(file, images) - expected) ** 2)),
-    )
     assert build(file) > 0
 
 
@@ -154,11 +148,9 @@ def test_trained_network_of_one_precision(resnet56: Trained) -> None:
 
 
 def test_ten_random_mixed_policies(resnet56: Trained) -> None:
-    shares = []
     for seed in range(10):
         policy = mixed(resnet56.traced.graph, seed)
         assert policy.kept and {str(kind) for kind in policy.precisions.values()} == {"fp16", "int8"}
-        share, file = agreement(resnet56, policy, resnet56.test[:64])
-        shares.append(share)
+        share, file = agreement(resnet56, policy, resnet56.test)
+        assert share >= 0.985
         assert build(file) > 0
-    assert np.mean(shares) >= 0.985 and min(shares) >= 0.96
