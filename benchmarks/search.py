@@ -230,9 +230,13 @@ def picture(title: str, found: Mapping[str, Sequence[Curve]], path: Path) -> Non
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True, constrained_layout=True)
     for place, (name, curves) in enumerate(found.items()):
         for number, own in enumerate(curves):
-            for axis, across in zip(axes, ("evaluations", "seconds"), strict=True):
+            ends = zip(axes, ("evaluations", "seconds"), (max(own.seconds), max(own.seconds.values())), strict=True)
+            best = [point.divergence for point in own.points]
+            if not best:
+                continue
+            for axis, across, end in ends:
                 axis.step(
-                    [getattr(point, across) for point in own.points], [point.divergence for point in own.points],
+                    [*(getattr(point, across) for point in own.points), end], [*best, *best[-1:]],
                     where="post", color=f"C{place}", alpha=0.8, label=name if number == 0 else None,
                 )  # fmt: skip
     for axis, label in zip(axes, ("evaluations", "processor seconds, sensitivity included"), strict=True):

@@ -21,6 +21,8 @@ SHORTEST_MS = 1e-3
 """What a kernel takes at least where it is fitted to; the runtimes' clocks are no finer."""
 FEWEST = 12
 """Measured kernels below which none is interpolated."""
+FEWEST_ALIKE = 150
+"""Measured kernels of one family from which on it is interpolated alone."""
 LARGEST_FIT = 600
 """Kernels that an interpolation is fitted to, at most."""
 _NORMAL = 1.96  # standard deviations to either side that hold 95 %
@@ -71,7 +73,8 @@ class Predictor:
     """Sums kernels. A kernel that was measured has that time; others come from a Gaussian process over the logarithm
     of the time, about a linear trend in the logarithms of what a kernel computes, reads and writes.
 
-    What engines take beside their kernels is fitted to whole engines, as a constant and a part for each kernel.
+    What whole engines take is fitted to them, as a constant, a part for each kernel, and a multiple of the kernels'
+    sum: an engine of many fast kernels finds more of its data in caches than those that the kernels' times come from.
     """
 
     def __init__(self, profile: HardwareProfile, refine: bool = True) -> None:
@@ -80,7 +83,7 @@ class Predictor:
         self._known: dict[Kernel, KernelEstimate] = {}
         self.profile = profile
         self._refine = refine
-        self.overhead_ms, self.overhead_kernel_ms, self._spread = _overhead(profile.engines)
+        self.overhead_ms, self.overhead_kernel_ms, self.scale, self._spread = _overhead(profile.engines)
 
     def kernel(self, kernel: Kernel) -> KernelEstimate:
         """Raises: InputError where too little was measured to say anything."""
@@ -109,8 +112,8 @@ class Predictor:
         found = self.kernels(kernels)
         total = sum(entry.ms for entry in found)
         measured = sum(entry.ms for entry in found if entry.source == "measured")
-        ms = max(total + self.overhead_ms + self.overhead_kernel_ms * len(found), 0.1 * total)
-        own = sqrt(sum(entry.deviation_ms**2 for entry in found))
+        ms = self.scale * total + self.overhead_ms + self.overhead_kernel_ms * len(found)
+        own = self.scale * sqrt(sum(entry.deviation_ms**2 for entry in found))
         return Prediction(ms, hypot(own, self._spread * ms), measured / total if total else 1.0)
 
     def _interpolate(self, kernels: list[Kernel]) -> list[KernelEstimate]:
@@ -119,14 +122,17 @@ class Predictor:
                 f"the profile {self.profile.device} has {len(self._times)} measured kernels, too few to say what "
                 f"{kernels[0]} takes: build it with 'autocomp profile build'"
             )
-        logs, deviations = self._model.predict(np.array([_features(kernel) for kernel in kernels]))
-        found = []
-        for kernel, log, deviation in zip(kernels, logs, deviations, strict=True):
-            inside = self._inside(kernel)
-            ms = exp(log)
-            wider = 1.0 if inside else _FARTHER
-            found.append(KernelEstimate(ms, wider * ms * deviation, "interpolated" if inside else "extrapolated"))
-        return found
+        found: dict[Kernel, KernelEstimate] = {}
+        for family, own in _by_family(kernels).items():
+            model = self._models.get(family) or self._model
+            logs, deviations = model.predict(np.array([_features(kernel) for kernel in own]))
+            for kernel, log, deviation in zip(own, logs, deviations, strict=True):
+                inside = self._inside(kernel)
+                ms = exp(log)
+                wider = 1.0 if inside else _FARTHER
+                source: Source = "interpolated" if inside else "extrapolated"
+                found[kernel] = KernelEstimate(ms, wider * ms * deviation, source)
+        return [found[kernel] for kernel in kernels]
 
     def _inside(self, kernel: Kernel) -> bool:
         """Whether every size lies between the smallest and the largest of measured kernels of its kind."""
@@ -145,12 +151,21 @@ class Predictor:
         return {kind: (np.min(entries, axis=0), np.max(entries, axis=0)) for kind, entries in rows.items()}
 
     @cached_property
+    def _models(self) -> Mapping[object, "_Process"]:
+        """Of each family of kernels of which enough were measured."""
+        families = _by_family(self._times)
+        return {family: self._fitted(own) for family, own in families.items() if len(own) >= FEWEST_ALIKE}
+
+    @cached_property
     def _model(self) -> "_Process":
-        entries = list(self._times.values())
-        if len(entries) > LARGEST_FIT:
-            entries.sort(key=lambda entry: entry.kernel)
-            entries = [entries[place] for place in np.linspace(0, len(entries) - 1, LARGEST_FIT).astype(int)]
-        return _Process(entries, self._refine)
+        """Of all kernels, for a family of which little is known."""
+        return self._fitted(list(self._times))
+
+    def _fitted(self, kernels: list[Kernel]) -> "_Process":
+        if len(kernels) > LARGEST_FIT:
+            kernels = sorted(kernels)
+            kernels = [kernels[place] for place in np.linspace(0, len(kernels) - 1, LARGEST_FIT).astype(int)]
+        return _Process([self._times[kernel] for kernel in kernels], self._refine)
 
 
 class _Process:
@@ -187,23 +202,32 @@ def _interval(ms: float, deviation_ms: float) -> tuple[float, float]:
     return max(0.0, ms - margin), ms + margin
 
 
-def _overhead(engines: tuple[EngineTime, ...]) -> tuple[float, float, float]:
-    """Constant and part per kernel of what engines take beside their kernels, and the relative spread about both.
+def _overhead(engines: tuple[EngineTime, ...]) -> tuple[float, float, float, float]:
+    """Constant, part per kernel, and multiple of the kernels' sum that engines take, and the relative spread about it.
 
-    The part is fitted where engines have different numbers of kernels; neither is negative.
+    The part is fitted where engines have different numbers of kernels, the multiple where there are enough of them.
     """
     from scipy.optimize import nnls
 
     if not engines:
-        return 0.0, 0.0, 0.0
-    counts = np.array([entry.kernels for entry in engines], dtype=float)
-    rest = np.array([entry.ms - entry.kernels_ms for entry in engines])
-    weights = 1 / np.array([entry.ms for entry in engines])
-    columns = np.column_stack([np.ones_like(counts), counts]) if np.ptp(counts) else np.ones((len(counts), 1))
-    (constant, *parts), _ = nnls(columns * weights[:, None], np.maximum(rest, 0.0) * weights)
-    part = parts[0] if parts else 0.0
-    spread = float(np.std((rest - constant - part * counts) * weights))
-    return float(constant), float(part), spread
+        return 0.0, 0.0, 1.0, 0.0
+    counts, sums, times = np.array([(entry.kernels, entry.kernels_ms, entry.ms) for entry in engines], np.float64).T
+    scaled = len(engines) >= FEWEST
+    columns = np.column_stack([np.ones_like(counts), counts * (np.ptp(counts) > 0), sums * scaled])
+    wanted = times if scaled else np.maximum(times - sums, 0.0)
+    (constant, part, scale), _ = nnls(columns / times[:, None], wanted / times)
+    scale = scale if scaled else 1.0
+    spread = float(np.std(1 - (constant + part * counts + scale * sums) / times))
+    return float(constant), float(part), float(scale), spread
+
+
+def _by_family(kernels: Iterable[Kernel]) -> dict[object, list[Kernel]]:
+    """Kernels that one kind of code computes, whose times follow one trend: depthwise ones move data and compute
+    little, and int8 gains where much is computed."""
+    found: dict[object, list[Kernel]] = {}
+    for kernel in kernels:
+        found.setdefault((kernel.op, kernel.depthwise, kernel.precision), []).append(kernel)
+    return found
 
 
 def _sizes(kernel: Kernel) -> NDArray[np.float64]:

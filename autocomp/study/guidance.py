@@ -183,7 +183,10 @@ def _meter(
     limit = limits.ratio_of(budget)
 
     def relative(kernels: Sequence[Kernel]) -> list[float]:
-        return [(entry.ms + predictor.overhead_kernel_ms) / whole_ms for entry in predictor.kernels(kernels)]
+        return [
+            (predictor.scale * entry.ms + predictor.overhead_kernel_ms) / whole_ms
+            for entry in predictor.kernels(kernels)
+        ]
 
     def cost(policy: Policy) -> float:
         return predictor.engine(kernels_of(graph, policy, batch).values()).ms / whole_ms - constant

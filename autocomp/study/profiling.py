@@ -125,6 +125,7 @@ def survey(
         seed: of the candidates.
     """
     begun, engines, busy = clock(), 0, 0
+    chosen: list[tuple[Kernel, ...]] = []
     batch = subject.backend.batch
     space = subject.space
     first = list(dict.fromkeys((space.nearest({}, space.precisions[-1]), Policy(), *space.uniform())))
@@ -138,11 +139,19 @@ def survey(
         known = {entry.kernel for entry in profile.kernels}
         new = (policy for policy in first if policy in pool and not known.issuperset(pool[policy]))
         policy = next(new, None) or max(gains, key=gains.__getitem__)
-        del pool[policy]
+        chosen.append(pool.pop(policy))
         profile, quiet = measured_engine(subject, profile, policy)
         engines, busy = engines + 1, busy + (not quiet)
         step(Survey(profile, engines, uncertainty, busy))
-    return profile
+    return _summed(profile, chosen)
+
+
+def _summed(profile: HardwareProfile, chosen: Sequence[Sequence[Kernel]]) -> HardwareProfile:
+    """The last engines with the sums of what their kernels usually take, which is what predictions begin from."""
+    usual = {entry.kernel: entry.median_ms for entry in profile.kernels}
+    old, new = profile.engines[: len(profile.engines) - len(chosen)], profile.engines[-len(chosen) :] if chosen else ()
+    sums = (sum(usual[kernel] for kernel in own) for own in chosen)
+    return replace(profile, engines=(*old, *(replace(e, kernels_ms=ms) for e, ms in zip(new, sums, strict=True))))
 
 
 def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) -> tuple[HardwareProfile, bool]:
@@ -150,8 +159,8 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
 
     The engine is timed beside the reference, and then once more under the runtime's profiler, whose times are scaled
     so that the whole run takes what the first timing said. While other work slows the reference down nothing counts:
-    the slowdown differs from engine to engine. What is left of it is common to all kernels of an engine, so those
-    that are known already tell how much it is.
+    the slowdown differs from engine to engine. Where that does not end, what is left of it is common to all kernels of
+    an engine, so those that are known already tell how much it is.
 
     Raises:
         EngineError: the engine cannot be built, or failed.
@@ -163,14 +172,16 @@ def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) 
     kernels = kernels_of(subject.graph, policy, subject.backend.batch)
     sums = {name: scale * ms for name, ms in by_layer(subject.graph, policy, onnx, found, subject.values).items()}
     times = {entry.kernel: entry for entry in profile.kernels}
-    slower = _slowdown([(times[kernel], sums[name]) for name, kernel in kernels.items() if kernel in times])
+    quiet, slower = slowed <= 1 + DRIFT, 1.0
+    if not quiet:
+        slower = _slowdown([(times[kernel], sums[name]) for name, kernel in kernels.items() if kernel in times])
     for name, kernel in kernels.items():
         known, ms = times.get(kernel), sums[name] / slower
         times[kernel] = KernelTime(kernel, ms, 0.0, 1) if known is None else known.with_sample(ms)
     total_ms = sum(sums.values()) / slower
     whole = EngineTime(subject.model, subject.backend.batch, len(kernels), total_ms, wall_ms / slower, subject.noise)
     profile = replace(profile, kernels=tuple(times.values()), engines=(*profile.engines, whole))
-    return profile, slowed <= 1 + DRIFT
+    return profile, quiet
 
 
 def by_layer(
