@@ -59,7 +59,7 @@ def test_a_plain_name_never_means_a_file_nearby(places: dict[str, Path]) -> None
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.toml", "../search_spaces", "", "."])
 def test_unknown_names_list_the_known(places: dict[str, Path], name: str) -> None:
-    with pytest.raises(SpaceError, match="default, int8, prune"):
+    with pytest.raises(SpaceError, match="default, gpu, int8, prune"):
         find("search_spaces", name)
     with pytest.raises(ConfigError, match="simulated"):
         find("hardware_profiles", name)
