@@ -34,9 +34,10 @@ RECENT = 12
 """Last results whose predictions are looked at, for devices change their speed."""
 CAUTION = 0.6
 """Quantile of their errors that the limits are moved by."""
-MARGINS = (1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.93)
-"""Parts of the limits that proposals are solved for in turn: some with room, should the device be slower when the
-finalists are verified."""
+ROOM = 0.93
+"""Part of the limits that some proposals are solved for, should the device be slower when finalists are verified."""
+ROOMY, SELDOM = 4, 8
+"""Of so many proposals one has that room, before anything held the budgets and after."""
 SURE = 4
 """Of so many proposals one is the best by what is believed, not by a draw."""
 FASTEST = 0.1
@@ -167,7 +168,8 @@ class GuidedController:
             rows.append([log(max(1 + violation, 1e-6) * limit / max(cost, 1e-12)) for cost, violation, limit in pairs])
         off = np.exp(np.quantile(rows, CAUTION, axis=0)) if rows else np.ones(len(self._knowledge.limits))
         moved = np.array(self._knowledge.limits) / off
-        rooms = [MARGINS[place % len(MARGINS)] for place in range(first, first + count)]
+        every = SELDOM if any(result.feasible for result in self._results.values()) else ROOMY
+        rooms = [1.0 if (place + 1) % every else ROOM for place in range(first, first + count)]
         return [tuple((room * moved).tolist()) for room in rooms]
 
     def _targets(self, count: int) -> list[float]:
