@@ -100,12 +100,12 @@ class GuidedController:
 
     def ask(self, count: int) -> list[Policy]:
         seen = {*self._told, *self._pending}
+        known = len(seen)
         wave = [policy for policy in self._initial if policy not in seen][:count]
         seen.update(wave)
         scored = [(self._choices[policy], r.score.divergence) for policy, r in self._results.items() if r.score]
         beliefs = _Beliefs(self._knowledge.problem.losses, scored)
-        first = len(self._told) + len(self._pending)
-        limits, starts = self._limits(first, count), [self._choices[policy] for policy in self._elites()]
+        limits, starts = self._limits(known, count), [self._choices[policy] for policy in self._elites()]
         while len(wave) < count:
             place = len(seen)
             policy = self._proposal(beliefs, limits[len(wave)], starts, seen, place)

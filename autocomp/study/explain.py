@@ -18,19 +18,14 @@ from autocomp.study.sensitivity import Choice, Kind, Sensitivity
 from autocomp.study.starts import losses_of
 from autocomp.study.workbench import Workbench
 
-__all__ = ["effects_of", "explained", "profile_for", "without_slow_types"]
+__all__ = ["effects_of", "predictor_for", "without_slow_types"]
 
 NORMAL = 1.959964
 """Standard deviations to either side that hold 95 %."""
 
 
-def explained(bench: Workbench, policy: Policy, sensitivity: Sensitivity | None, run: Path) -> tuple[ChoiceEffect, ...]:
-    """Effects of a policy's choices, by the profile of the run's folder, else by the one that fits this device."""
-    return effects_of(bench.traced.graph, policy, bench.spec.batch, sensitivity, profile_for(bench, run))
-
-
 def effects_of(
-    graph: LayerGraph, policy: Policy, batch: int, sensitivity: Sensitivity | None, profile: HardwareProfile | None
+    graph: LayerGraph, policy: Policy, batch: int, sensitivity: Sensitivity | None, predictor: Predictor | None
 ) -> tuple[ChoiceEffect, ...]:
     """What every choice that a policy makes saves and costs, in the graph's order.
 
@@ -41,13 +36,11 @@ def effects_of(
     Args:
         policy: normalised.
         sensitivity: None where it was not measured: losses are then unknown.
-        profile: None where there is none, or it holds too little: times are then unknown.
+        predictor: None where there is no profile; without one, or with too little in it, times are unknown.
     """
     choices = list(_choices(graph, policy))
     undone = {choice: graph.normalise(_without(graph, policy, *choice)) for choice in choices}
-    times = (
-        dict.fromkeys(choices, None) if profile is None else _times(graph, policy, undone, batch, Predictor(profile))
-    )
+    times = dict.fromkeys(choices, None) if predictor is None else _times(graph, policy, undone, batch, predictor)
     found = []
     for kind, name, option in choices:
         loss, measured = _loss(sensitivity, kind, name, option)
@@ -154,10 +147,10 @@ def _text(graph: LayerGraph, name: str, option: Choice) -> str:
     return "removed" if option is True else f"{option} of {graph.group_by_name[name].channels}"
 
 
-def profile_for(bench: Workbench, run: Path) -> HardwareProfile | None:
-    """The profile of the run's folder, else the one that fits this device; None without."""
+def predictor_for(bench: Workbench, run: Path) -> Predictor | None:
+    """By the profile of the run's folder, else by the one that fits this device; None without."""
     if isinstance(bench.backend, PredictedBackend):
-        return bench.backend.known
+        return bench.backend.predictor
     device = bench.backend.device
     known = resources.available("hardware_profiles").get(device.name)
     for folder in (run / "profile" / device.name, known):
@@ -168,5 +161,5 @@ def profile_for(bench: Workbench, run: Path) -> HardwareProfile | None:
         except ConfigError:
             continue
         if profile.measured and not profile.differences(device):
-            return profile
+            return Predictor(profile)
     return None

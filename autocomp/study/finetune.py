@@ -12,7 +12,7 @@ from autocomp.results import Contest, Interval, TrialResult
 from autocomp.storage import write_atomic
 from autocomp.study.artefacts import write_model
 from autocomp.study.contest import decide, entrants_of, sparse_layers
-from autocomp.study.explain import explained
+from autocomp.study.explain import effects_of, predictor_for
 from autocomp.study.recheck import ENTRY, admit_here, shipped_files
 from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
@@ -169,7 +169,8 @@ def _shown(
     layers = layer_choices(bench.traced.graph, row.policy)
     if layers == result.layers:
         return result
-    effects = explained(bench, row.policy, quick_sensitivity(bench, run, course.observer), run.folder)
+    sensitivity, predictor = quick_sensitivity(bench, run, course.observer), predictor_for(bench, run.folder)
+    effects = effects_of(bench.traced.graph, row.policy, bench.spec.batch, sensitivity, predictor)
     return replace(result, layers=layers, effects=effects)
 
 

@@ -124,7 +124,7 @@ def survey(
         step: told after every engine.
         seed: of the candidates.
     """
-    begun, engines, busy = clock(), 0, 0
+    begun, busy = clock(), 0
     chosen: list[tuple[Kernel, ...]] = []
     batch = subject.backend.batch
     space = subject.space
@@ -132,7 +132,7 @@ def survey(
     generator = random.Random(seed)
     drawn = (*first, *(_near(space, generator.choice(first), generator) for _ in range(CANDIDATES)))
     pool = {policy: tuple(kernels_of(space.graph, policy, batch).values()) for policy in dict.fromkeys(drawn)}
-    while pool and engines < most and (engines == 0 or clock() - begun < seconds):
+    while pool and len(chosen) < most and (not chosen or clock() - begun < seconds):
         gains, uncertainty = _gains(Predictor(profile, refine=False), pool)
         if uncertainty < SETTLED:
             break
@@ -141,17 +141,18 @@ def survey(
         policy = next(new, None) or max(gains, key=gains.__getitem__)
         chosen.append(pool.pop(policy))
         profile, quiet = measured_engine(subject, profile, policy)
-        engines, busy = engines + 1, busy + (not quiet)
-        step(Survey(profile, engines, uncertainty, busy))
+        busy += not quiet
+        step(Survey(profile, len(chosen), uncertainty, busy))
     return _summed(profile, chosen)
 
 
 def _summed(profile: HardwareProfile, chosen: Sequence[Sequence[Kernel]]) -> HardwareProfile:
     """The last engines with the sums of what their kernels usually take, which is what predictions begin from."""
     usual = {entry.kernel: entry.median_ms for entry in profile.kernels}
-    old, new = profile.engines[: len(profile.engines) - len(chosen)], profile.engines[-len(chosen) :] if chosen else ()
-    sums = (sum(usual[kernel] for kernel in own) for own in chosen)
-    return replace(profile, engines=(*old, *(replace(e, kernels_ms=ms) for e, ms in zip(new, sums, strict=True))))
+    before = len(profile.engines) - len(chosen)
+    pairs = zip(profile.engines[before:], chosen, strict=True)
+    new = (replace(engine, kernels_ms=sum(usual[kernel] for kernel in own)) for engine, own in pairs)
+    return replace(profile, engines=(*profile.engines[:before], *new))
 
 
 def measured_engine(subject: Subject, profile: HardwareProfile, policy: Policy) -> tuple[HardwareProfile, bool]:

@@ -16,7 +16,7 @@ from autocomp.protocols import Controller, Engine
 from autocomp.results import LatencyEstimate, TimingProtocol, TrialResult
 from autocomp.study.artefacts import ship
 from autocomp.study.executors import Crew, Kit
-from autocomp.study.explain import explained, profile_for, without_slow_types
+from autocomp.study.explain import effects_of, predictor_for, without_slow_types
 from autocomp.study.finalists import Finalist
 from autocomp.study.floor import probe_floor, refuse_if_none_feasible
 from autocomp.study.front import best_of, scores_of
@@ -153,11 +153,13 @@ def search(
     try:
         sensitivity = quick_sensitivity(bench, run, observer)
         if heritage is not None:
+            predictor = predictor_for(bench, run.folder)
             plans = inherited_plans(heritage, bench.config.wave)
         else:
             first = best_of(earlier, limits)
             controller = _controller(bench, limits, prologue.reference, sensitivity, first, run, observer)
-            plans = _plans(bench, _undoing(bench, controller, run))
+            predictor = predictor_for(bench, run.folder)  # from the profile that guides, where one was just measured
+            plans = _plans(bench, _undoing(bench, controller, predictor))
         for plan in plans:
             study.explore(plan)
     finally:
@@ -197,7 +199,7 @@ def search(
         predicted=not bench.backend.measures,
         layers=layer_choices(bench.traced.graph, best.policy) if best is not None else (),
         trust=trust,
-        effects=explained(bench, best.policy, sensitivity, run.folder) if best is not None else (),
+        effects=effects_of(bench.traced.graph, best.policy, bench.spec.batch, sensitivity, predictor) if best else (),
     )
     ship(bench, run, result, results)
     return result
@@ -267,12 +269,11 @@ def _controller(
     return make_controller(name, bench.space, config.seed, initial)
 
 
-def _undoing(bench: Workbench, controller: Controller, run: Run) -> Controller:
+def _undoing(bench: Workbench, controller: Controller, predictor: Predictor | None) -> Controller:
     """The controller, its last proposals without types that cost time, where a profile of the device tells."""
-    profile = profile_for(bench, run.folder)
-    if profile is None:
+    if predictor is None:
         return controller
-    predictor, config = Predictor(profile), bench.config
+    config = bench.config
     undone = partial(without_slow_types, bench.space, batch=bench.spec.batch, predictor=predictor)
     return Undoing(controller, undone, config.trials, min(config.finalists, config.trials // 4))
 

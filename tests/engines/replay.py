@@ -31,8 +31,20 @@ SLOWED = range(8, 14)
 """Which of the blocks' answers, both engines' counted together, the other process slows."""
 
 
+class Standin:
+    """An engine that holds nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+
 @dataclass
-class Recorder:
+class Recorder(Standin):
     """An engine that writes down what it answers."""
 
     engine: Engine
@@ -48,14 +60,6 @@ class Recorder:
         found = self.engine.time(repeats)
         self.answers.append(np.round(found, 6).tolist())
         return found
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 class Replayed(Recorder):

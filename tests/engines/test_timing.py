@@ -3,8 +3,6 @@
 import gc
 import json
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import pytest
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from autocomp.engines import clear_of, compare, estimate, merge
 from autocomp.errors import BudgetError, EngineError
 from autocomp.results import Block, Timing, TimingProtocol
-from tests.engines.replay import TRACES, replayed
+from tests.engines.replay import TRACES, Standin, replayed
 
 RATIO = 0.5
 
@@ -32,7 +30,7 @@ def synthetic(seed: int, between: float, within: float, builds: int = 3, blocks:
     return Timing(tuple(found))
 
 
-class Scripted:
+class Scripted(Standin):
     """An engine whose times come from a list and then repeat its last entry."""
 
     def __init__(self, times: Sequence[float], log: list[str] | None = None, name: str = "") -> None:
@@ -46,14 +44,6 @@ class Scripted:
             self.log.append(self.name)
         self.collected = gc.isenabled()
         return np.full(repeats, self.times.pop(0) if len(self.times) > 1 else self.times[0])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
 
 
 @pytest.mark.parametrize(("between", "within"), [(0.0, 0.01), (0.01, 0.003)])

@@ -49,7 +49,8 @@ def test_a_choice_saves_what_the_policy_without_it_takes_longer() -> None:
             for name in policy.precisions
         },
     }
-    found = effects_of(GRAPH, policy, BATCH, None, profile_of(GRAPH, policy, *map(GRAPH.normalise, undone.values())))
+    known = Predictor(profile_of(GRAPH, policy, *map(GRAPH.normalise, undone.values())))
+    found = effects_of(GRAPH, policy, BATCH, None, known)
     assert {(effect.kind, effect.name) for effect in found} == set(undone)
     for effect in found:
         without = undone[effect.kind, effect.name]
@@ -83,7 +84,7 @@ def test_losses_are_the_measured_ones_or_read_off_a_line() -> None:
 
 def test_a_profile_that_holds_too_little_says_nothing() -> None:
     thin = HardwareProfile("box", "runtime 1", 1, date(2026, 1, 31), True)
-    (effect,) = effects_of(GRAPH, Policy(precisions={"stem": INT8}), BATCH, None, thin)
+    (effect,) = effects_of(GRAPH, Policy(precisions={"stem": INT8}), BATCH, None, Predictor(thin))
     assert effect.saved_ms is None
 
 
