@@ -116,7 +116,7 @@ def at_latency(depth: int, budget: str, job: Job) -> None:
     weights = shared() / "weights" / f"cifar10_resnet{depth}.safetensors"
     arguments = ["--model", f"zoo:resnet{depth}", "--weights", str(weights), "--data", f"npz:{data}"]
     if not (out / "manifest.json").exists():
-        search([*arguments, "--budget", budget, "--batch", "32", "--trials", "100"], out)
+        search([*arguments, "--budget", budget, "--batch", "32", "--trials", "100", "--finetune-epochs", "0"], out)
     found = resume(out).contenders  # of a finished search what it found
     rows = {role: found[role] for role in ROLES if role in found}
     policies = {role: row.policy for role, row in rows.items()}
