@@ -139,8 +139,9 @@ class LayerGraph:
         needed = {resolve(self.output)}
         for node in reversed(self.nodes):
             if node.name in needed:
-                found.append(replace(node, inputs=tuple(map(resolve, node.inputs))))
-                needed.update(found[-1].inputs)
+                inputs = tuple(map(resolve, node.inputs)) if bypass else node.inputs
+                found.append(node if inputs == node.inputs else replace(node, inputs=inputs))
+                needed.update(inputs)
         return tuple(reversed(found))
 
     def paired(self, policy: Policy) -> tuple["LayerGraph", Policy]:

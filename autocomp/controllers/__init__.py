@@ -13,8 +13,9 @@ from autocomp.controllers.allocation import Allocation, allocate, frontier
 from autocomp.controllers.evolution import EvolutionController
 from autocomp.controllers.guided import GuidedController, Knowledge
 from autocomp.controllers.initial import warm_start
+from autocomp.controllers.problem import Factor, Problem
 from autocomp.controllers.random import RandomController
-from autocomp.controllers.solver import Factor, Problem, solve
+from autocomp.controllers.solver import solve, solve_nearly
 from autocomp.errors import ConfigError
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
@@ -32,6 +33,7 @@ __all__ = [
     "frontier",
     "make_controller",
     "solve",
+    "solve_nearly",
     "warm_start",
 ]
 

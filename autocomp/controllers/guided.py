@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autocomp.controllers.initial import checked
+from autocomp.controllers.problem import Assignment, Problem
 from autocomp.controllers.random import fresh
-from autocomp.controllers.solver import Problem, solve
+from autocomp.controllers.solver import solve
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
 from autocomp.space import PolicySpace
@@ -249,7 +250,7 @@ def _searched(
     seen: set[Policy],
 ) -> Policy | None:
     """Simulated annealing over one or two changed decisions; the best new policy on the way that holds the limits."""
-    state = _State(problem, start)
+    state = Assignment(problem, start)
     offsets = [e - f for e, f in zip(knowledge.costs(knowledge.policy(start)), state.costs, strict=True)]
     bounds = [limit - offset for limit, offset in zip(limits, offsets, strict=True)]
     free = [d for d, row in enumerate(problem.losses) if len(row) > 1 and d not in problem.tied]
@@ -262,7 +263,8 @@ def _searched(
     for step in range(MOVES):
         before, loss, was_over = tuple(state.choices), state.loss, state.over(bounds)
         for d in draws.sample(free, min(len(free), draws.randint(1, 2))):
-            state.move(d, draws)
+            if state.options(d) > 1:
+                state.take(d, (state.choices[d] + draws.choice((-2, -1, 1, 2))) % state.options(d))
         over, worse = state.over(bounds), state.loss - loss
         cool = temperature * (1 - step / MOVES) + 1e-12
         within = was_over <= 0 and over <= 0
@@ -279,58 +281,3 @@ def _searched(
 
 def _within(costs: Sequence[float], limits: Sequence[float]) -> bool:
     return all(cost <= limit for cost, limit in zip(costs, limits, strict=True))
-
-
-class _State:
-    """Choices with their loss and costs, kept up to date by what a change touches."""
-
-    def __init__(self, problem: Problem, choices: Sequence[int]) -> None:
-        self._problem = problem
-        self.choices = list(choices)
-        self.loss = problem.loss(choices)
-        self.costs = list(problem.cost(choices))
-        self._touching: list[list[tuple[int, int]]] = [[] for _ in problem.losses]
-        for budget, factors in enumerate(problem.costs):
-            for position, factor in enumerate(factors):
-                for d in factor.decisions:
-                    self._touching[d].append((budget, position))
-        self._ties: dict[int, list[int]] = {}
-        for inner, outer in problem.tied.items():
-            self._ties.setdefault(outer, []).append(inner)
-
-    def move(self, decision: int, draws: random.Random) -> None:
-        """Take another option, near the one at hand; with a branch goes and comes what is inside it."""
-        options = len(self._problem.losses[decision])
-        if decision in self._problem.tied:
-            options -= 1
-            if self.choices[decision] == options:
-                return  # its branch is dropped
-        if options < 2:
-            return
-        step = draws.choice((-2, -1, 1, 2))
-        changes = {decision: (self.choices[decision] + step) % options}
-        for inner in self._ties.get(decision, ()):
-            last = len(self._problem.losses[inner]) - 1
-            changes[inner] = last if changes[decision] == options - 1 else 0
-        self._apply(changes)
-
-    def set(self, choices: Sequence[int]) -> None:
-        self._apply({d: c for d, c in enumerate(choices) if c != self.choices[d]})
-
-    def over(self, bounds: Sequence[float]) -> float:
-        """Largest fraction over a bound; 0 where all hold."""
-        return max((max(0.0, cost / bound - 1) for cost, bound in zip(self.costs, bounds, strict=True)), default=0.0)
-
-    def _apply(self, changes: dict[int, int]) -> None:
-        touched = dict.fromkeys(entry for d in changes for entry in self._touching[d])
-        self._add(touched, -1.0)
-        for d, choice in changes.items():
-            row = self._problem.losses[d]
-            self.loss += float(row[choice] - row[self.choices[d]])
-            self.choices[d] = choice
-        self._add(touched, 1.0)
-
-    def _add(self, touched: dict[tuple[int, int], None], sign: float) -> None:
-        for budget, position in touched:
-            factor = self._problem.costs[budget][position]
-            self.costs[budget] += sign * float(factor.costs[tuple(self.choices[d] for d in factor.decisions)])

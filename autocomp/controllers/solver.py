@@ -1,159 +1,200 @@
 """The options of least summed loss under budgets whose costs depend on several decisions together."""
 
-import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import random
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import Bounds, LinearConstraint, milp
 
-from autocomp.errors import InputError
+from autocomp.controllers.problem import Assignment, Problem
+from autocomp.controllers.programme import solve_exactly
 
-__all__ = ["Factor", "Problem", "solve"]
+__all__ = ["solve", "solve_nearly"]
 
-GAP = 1e-3
-"""Relative gap to the bound at which a solution counts as the best."""
+EXACT = 40_000
+"""Combinations in all factors up to which the integer programme is solved, in a second; beyond it takes minutes."""
+SWEEPS = 8
+"""Visits of all decisions for one price, at most; few change anything after the third."""
+PRICES = (1e-5, 1e3, 28)
+"""First, last and number of the prices of a budget's whole, in units of all that can be lost."""
+HALVINGS = 12
+"""Of the interval of prices between the budgets kept and missed, in its logarithm."""
+EXCHANGES = 32
+"""Changes, and pairs of them, that follow, at most."""
+TRIED = 64
+"""Of the pairs that promise most, how many are tried to find one."""
+DISTURBED = 30
+"""Times that the best solution is disturbed and solved for again."""
+DEARER = 1.3
+"""What the price is raised by, up to `SWEEPS` times, where a disturbed solution is over a limit."""
+EPSILON = 1e-9
+"""Relative to a limit, and in losses: what sums of floats are off by."""
 
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Factor:
-    """A part of a cost that depends on a few decisions.
-
-    Attributes:
-        decisions: their indices, each once.
-        costs: one axis a decision, one entry an option.
-    """
-
-    decisions: tuple[int, ...]
-    costs: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Decisions to make, what each option loses, and what all together cost.
-
-    Attributes:
-        losses: for each decision the loss of each option.
-        costs: for each budget the factors whose sum it limits.
-        tied: decision -> another one: it takes its last option exactly where the other takes its own last one.
-    """
-
-    losses: tuple[Array, ...]
-    costs: tuple[tuple[Factor, ...], ...]
-    tied: Mapping[int, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        factors = [factor for entries in self.costs for factor in entries]
-        for factor in factors:
-            shape = tuple(len(self.losses[decision]) for decision in factor.decisions)
-            if factor.costs.shape != shape or len(set(factor.decisions)) != len(shape):
-                raise InputError(f"a factor of decisions {factor.decisions} has costs of shape {factor.costs.shape}")
-        if not all(np.isfinite(array).all() for array in (*self.losses, *(factor.costs for factor in factors))):
-            raise InputError("losses and costs must be finite: leave out the options that have none")
-
-    def loss(self, choices: Sequence[int]) -> float:
-        return float(sum(row[choice] for row, choice in zip(self.losses, choices, strict=True)))
-
-    def cost(self, choices: Sequence[int]) -> tuple[float, ...]:
-        """By budget."""
-        return tuple(
-            float(sum(factor.costs[tuple(choices[d] for d in factor.decisions)] for factor in factors))
-            for factors in self.costs
-        )
-
-
-def solve(problem: Problem, limits: Sequence[float], time_limit_s: float = 5.0) -> tuple[int, ...] | None:
+def solve(problem: Problem, limits: Sequence[float]) -> tuple[int, ...] | None:
     """Indices of the options of least loss whose costs are within the limits; None where none was found.
 
-    An integer programme: a binary variable for each option of each decision, and for each factor a continuous one for
-    each combination of its decisions' options, whose marginals are the binary ones (the local polytope; Wainwright
-    and Jordan 2008, section 4.1), so that a cost that is no sum over decisions stays linear. HiGHS solves it to a
-    relative gap of `GAP`.
+    Exact for problems of up to `EXACT` combinations (`solve_exactly`), else nearly so (`solve_nearly`).
+    """
+    combinations = sum(factor.costs.size for factors in problem.costs for factor in factors)
+    return solve_exactly(problem, limits) if combinations <= EXACT else solve_nearly(problem, limits)
+
+
+def solve_nearly(problem: Problem, limits: Sequence[float]) -> tuple[int, ...] | None:
+    """As `solve`, of a small loss instead of the least, in a second for hundreds of decisions.
+
+    Lagrangian relaxation (Everett 1963, theorem 1): costs get a price in place of their limits, and for a price every
+    decision in turn takes its best option, the others as they are, until none changes. The least price at which the
+    limits hold is approached from both sides, from nothing compressed and from everything. What the limits then leave
+    is used up by single changes, and by pairs of which one pays for the other. The best found is disturbed and improved
+    again, many times (iterated local search; Lourenco, Martin and Stuetzle 2003).
 
     Args:
         limits: by budget.
-        time_limit_s: after which the best solution found so far is taken.
     """
-    programme = _Programme(problem)
-    for factors, limit in zip(problem.costs, limits, strict=True):
-        terms = [programme.combinations(factor) for factor in factors]
-        columns = np.concatenate([np.zeros(0, np.int64), *(places for places, _ in terms)])
-        programme.row(columns, np.concatenate([np.zeros(0), *(costs for _, costs in terms)]), -np.inf, limit)
-    return programme.solve(time_limit_s)
+    state = Assignment(problem, _least_loss(problem))
+    if _hold(state, limits):
+        return tuple(state.choices)
+    if any(limit <= 0 for limit in limits):
+        return None
+    unit = max(sum(float(np.ptp(row)) for row in problem.losses), EPSILON)
+    prices = [unit * price for price in np.geomspace(*PRICES)]
+    found: dict[tuple[int, ...], tuple[float, float, Array]] = {}
+    for weights in _emphases(limits):
+        for path in (prices, prices[::-1]):
+            best = _along(state, limits, weights, path)
+            if best is not None:
+                state.set(best[2])
+                _exchange(state, limits)
+                found[tuple(state.choices)] = state.loss, best[1], weights
+    if not found:
+        return None
+    choices, (_, price, weights) = min(found.items(), key=lambda entry: entry[1][0])
+    state.set(choices)
+    _disturb(state, limits, price, weights)
+    return tuple(state.choices)
 
 
-class _Programme:
-    """Variables and rows; every decision's options are the first variables."""
-
-    def __init__(self, problem: Problem) -> None:
-        sizes = [len(row) for row in problem.losses]
-        self._first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        self._objective = np.concatenate([np.zeros(0), *problem.losses])
-        self._variables = self._binary = len(self._objective)
-        self._rows: list[tuple[NDArray[np.int64], Array, float, float]] = []
-        self._known: dict[tuple[int, ...], NDArray[np.int64]] = {}
-        self._sizes = sizes
-        for decision, size in enumerate(sizes):
-            self.row(self._options(decision), np.ones(size), 1.0, 1.0)
-        for inner, outer in problem.tied.items():
-            last = np.array([self._first[inner + 1] - 1, self._first[outer + 1] - 1])
-            self.row(last, np.array([1.0, -1.0]), 0.0, 0.0)
-
-    def row(self, columns: NDArray[np.int64], values: Array, low: float, high: float) -> None:
-        self._rows.append((columns, values, low, high))
-
-    def combinations(self, factor: Factor) -> tuple[NDArray[np.int64], Array]:
-        """Variables and costs of the combinations of a factor's options."""
-        if len(factor.decisions) == 1:
-            return self._options(factor.decisions[0]), factor.costs.ravel()
-        places = self._known.get(factor.decisions)
-        if places is None:
-            places = self._variables + np.arange(factor.costs.size).reshape(factor.costs.shape)
-            self._variables += factor.costs.size
-            self._known[factor.decisions] = places
-            for axis, decision in enumerate(factor.decisions):
-                for option, variable in enumerate(self._options(decision)):
-                    columns = places.take(option, axis=axis).ravel()
-                    values = np.append(np.ones(len(columns)), -1.0)
-                    self.row(np.append(columns, variable), values, 0.0, 0.0)
-        return places.ravel(), factor.costs.ravel()
-
-    def solve(self, time_limit_s: float) -> tuple[int, ...] | None:
-        at = np.repeat(np.arange(len(self._rows)), [len(row[0]) for row in self._rows])
-        columns, values = (np.concatenate([row[part] for row in self._rows]) for part in (0, 1))
-        matrix = sparse.csr_matrix((values, (at, columns)), shape=(len(self._rows), self._variables))
-        low, high = (np.array([row[part] for row in self._rows]) for part in (2, 3))
-        with _quiet():
-            found = milp(
-                np.append(self._objective, np.zeros(self._variables - self._binary)),
-                constraints=LinearConstraint(matrix, low, high),
-                integrality=np.arange(self._variables) < self._binary,
-                bounds=Bounds(0, 1),
-                options={"time_limit": time_limit_s, "mip_rel_gap": GAP},
-            )
-        if found.x is None:
-            return None
-        return tuple(int(np.argmax(found.x[self._options(decision)])) for decision in range(len(self._sizes)))
-
-    def _options(self, decision: int) -> NDArray[np.int64]:
-        return np.arange(self._first[decision], self._first[decision + 1])
+def _least_loss(problem: Problem) -> list[int]:
+    choices = [int(np.argmin(row[:-1] if d in problem.tied else row)) for d, row in enumerate(problem.losses)]
+    for inner, outer in problem.tied.items():
+        if choices[outer] == len(problem.losses[outer]) - 1:
+            choices[inner] = len(problem.losses[inner]) - 1
+    return choices
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """HiGHS writes some of its messages to standard output whatever it was told, past Python's own."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+def _emphases(limits: Sequence[float]) -> list[Array]:
+    """Prices of the budgets in proportion: alike, and each alone, for often only one of them binds."""
+    each = 1 / np.array(limits)
+    alone = [np.where(np.arange(len(each)) == budget, each, 0.01 * each) for budget in range(len(each))]
+    return [each, *alone] if len(alone) > 1 else [each]
+
+
+def _along(
+    state: Assignment, limits: Sequence[float], weights: Array, prices: Sequence[float]
+) -> tuple[float, float, tuple[int, ...]] | None:
+    """The best state along prices to where the limits begin or cease to hold, and ever closer to that.
+
+    Returns:
+        Its loss, its price, its choices.
+    """
+    best: tuple[float, float, tuple[int, ...]] | None = None
+
+    def holds(price: float) -> bool:
+        nonlocal best
+        _settle(state, price * weights)
+        if not _hold(state, limits):
+            return False
+        if best is None or state.loss < best[0]:
+            best = state.loss, price, tuple(state.choices)
+        return True
+
+    before, first = prices[0], holds(prices[0])
+    behind = next((price for price in prices[1:] if holds(price) != first), None)
+    if behind is not None:
+        before = prices[prices.index(behind) - 1]
+        for _ in range(HALVINGS):
+            middle = float(np.sqrt(before * behind))
+            before, behind = (middle, behind) if holds(middle) == first else (before, middle)
+    return best
+
+
+def _settle(state: Assignment, prices: Array) -> None:
+    """Every decision in turn takes its best option, until none changes."""
+    for _ in range(SWEEPS):
+        changed = False
+        for decision in range(len(state.choices)):
+            if state.options(decision) > 1:
+                losses, costs = state.changes(decision)
+                priced = losses + prices @ costs
+                option = int(np.argmin(priced))
+                if priced[option] < -EPSILON:
+                    state.take(decision, option)
+                    changed = True
+        if not changed:
+            return
+
+
+def _disturb(state: Assignment, limits: Sequence[float], price: float, weights: Array) -> None:
+    """Leave the state at the best that is found by changing some decisions at random and settling again."""
+    draws = random.Random(0)
+    best, loss = tuple(state.choices), state.loss
+    for _ in range(DISTURBED):
+        state.set(best)
+        part = draws.choice((0.05, 0.1, 0.2))
+        for decision in draws.sample(range(len(best)), min(len(best), max(2, int(part * len(best))))):
+            if (count := state.options(decision)) > 1:
+                state.take(decision, (state.choices[decision] + draws.randrange(1, count)) % count)
+        dear = price * draws.uniform(0.3, 1.5)
+        for _ in range(SWEEPS):
+            _settle(state, dear * weights)
+            if _hold(state, limits):
+                _exchange(state, limits)
+                break
+            dear *= DEARER
+        if _hold(state, limits) and state.loss < loss - EPSILON:
+            best, loss = tuple(state.choices), state.loss
+    state.set(best)
+
+
+def _exchange(state: Assignment, limits: Sequence[float]) -> None:
+    """Changes of one decision or of two that lose less and hold the limits, the best ones first."""
+    for _ in range(EXCHANGES):
+        places, rows = [], []
+        for decision in range(len(state.choices)):
+            losses, costs = state.changes(decision)
+            places += [(decision, option) for option in range(len(losses)) if option != state.choices[decision]]
+            rows += [(loss, *cost) for o, (loss, cost) in enumerate(zip(losses, costs.T, strict=True))
+                     if o != state.choices[decision]]  # fmt: skip
+        if not rows or not _improve(state, limits, places, np.array(rows)):
+            return
+
+
+def _improve(state: Assignment, limits: Sequence[float], places: Sequence[tuple[int, int]], changes: Array) -> bool:
+    """Take the best change or pair of changes; False where none is better."""
+    left = np.array(limits) - np.array(state.costs)
+    losses, costs = changes[:, 0], changes[:, 1:]
+    gains = np.flatnonzero(losses < -EPSILON)
+    fitting = gains[(costs[gains] <= left).all(axis=1)]
+    pays = np.flatnonzero((costs < 0).any(axis=1))
+    pairs = losses[gains][:, None] + losses[pays][None, :]
+    fits = (costs[gains][:, None] + costs[pays][None, :] <= left).all(axis=2)
+    pairs = np.where(fits, pairs, np.inf)
+    order = np.argsort(pairs, axis=None)[:TRIED]
+    tries = [(place,) for place in fitting[np.argsort(losses[fitting])][:1]]
+    tries += [(gains[k // len(pays)], pays[k % len(pays)]) for k in order if pairs.flat[k] < -EPSILON]
+    before, loss = tuple(state.choices), state.loss
+    for moves in tries:
+        for decision, option in (places[move] for move in moves):
+            if option < state.options(decision):
+                state.take(decision, option)
+        if _hold(state, limits) and state.loss < loss - EPSILON:
+            return True
+        state.set(before)
+    return False
+
+
+def _hold(state: Assignment, limits: Sequence[float]) -> bool:
+    return all(cost <= limit + EPSILON * abs(limit) for cost, limit in zip(state.costs, limits, strict=True))

@@ -69,13 +69,16 @@ class Kernel:
         return " ".join([*parts, self.precision, f"batch {self.batch}", f"[{self.context}]"])
 
 
-def kernels_of(graph: LayerGraph, policy: Policy, batch: int) -> dict[str, Kernel]:
+def kernels_of(graph: LayerGraph, policy: Policy, batch: int, only: str | None = None) -> dict[str, Kernel]:
     """Layer name -> its kernel under a policy; `ENTRY` -> what comes before the first layer.
 
     The context spells out, in order: ``q`` or ``f`` for a quantized or float input; then each operator of the kernel,
     with its spatial size where that differs from the layer's, in parentheses the types of what it reads from other
     kernels, ``.q`` where its value is quantized, and behind ``>`` who reads it in other kernels. Two kernels of equal
     fields run the same operators on tensors of the same shapes and types.
+
+    Args:
+        only: the name of the one kernel that is asked for, where not all are.
 
     Raises:
         InputError: the policy does not fit the graph.
@@ -92,7 +95,8 @@ def kernels_of(graph: LayerGraph, policy: Policy, batch: int) -> dict[str, Kerne
             readers[value].append(node)
     parts: dict[str, list[Node]] = {}
     for node in nodes:
-        parts.setdefault(belongs[node.name], []).append(node)
+        if only is None or belongs[node.name] == only:
+            parts.setdefault(belongs[node.name], []).append(node)
     found: dict[str, Kernel] = {}
     for name, own in parts.items():
         layer = graph.layer_by_name.get(name)

@@ -15,7 +15,8 @@ from autocomp.hardware import HardwareProfile, Kernel, Predictor, kernels_of
 from autocomp.outcome import Note, Observer, Phase, Step
 from autocomp.policy import Policy, Precision
 from autocomp.protocols import Engine
-from autocomp.study.knowledge import Terms, layer_terms, losses, shape_terms, terms_of
+from autocomp.study.factors import layer_terms, shape_terms
+from autocomp.study.knowledge import Terms, losses, terms_of
 from autocomp.study.predicted import PredictedBackend
 from autocomp.study.profiling import PROTOCOL, Subject, quiet_ms, survey
 from autocomp.study.sensitivity import Sensitivity, stored_bytes

@@ -1,25 +1,19 @@
-"""What a guided search knows before its first trial: the loss of every option, and what options cost together."""
+"""What a guided search knows of a space before its first trial: what belongs together, and every option's loss."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
-from math import prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autocomp.controllers import Factor
-from autocomp.graph import Layer, LayerGraph, elements
-from autocomp.hardware import ENTRY, Kernel, kernels_of
+from autocomp.graph import LayerGraph
 from autocomp.policy import FP32, Policy, Precision
 from autocomp.space import Decision, PolicySpace
 from autocomp.study.sensitivity import Sensitivity
 from autocomp.study.starts import losses_of
 
-__all__ = ["Terms", "layer_terms", "losses", "shape_terms", "terms_of"]
+__all__ = ["Terms", "losses", "terms_of"]
 
-PATTERNS = 64
-"""Combinations of precisions and branches told apart for one kernel, at most; farther layers are taken to be alike."""
 UNMEASURED_PRECISION = 1e-5
 """Nats that an integer layer is taken to lose where its sensitivity was not measured."""
 
@@ -97,169 +91,8 @@ def losses(terms: Terms, sensitivity: Sensitivity) -> tuple[Array, ...]:
     return tuple(np.array([max(loss(decision, option), 0.0) for option in options]) for decision, options in pairs)
 
 
-def layer_terms(terms: Terms, value: Callable[[Sequence[Kernel]], Sequence[float]], batch: int) -> tuple[Factor, ...]:
-    """A cost that is a sum over kernels, as factors of the decisions that each kernel depends on.
-
-    Which these are is found by changing one decision at a time, on the model in its widest and in its narrowest
-    precision.
-
-    Args:
-        value: of many kernels at once, for example their times.
-        batch: of the kernels.
-    """
-    sites = _sites(terms, batch)
-    tables: list[tuple[tuple[int, ...], tuple[int, ...], list[int], list[Kernel]]] = []
-    for site, depends in sites.items():
-        tables.append(_table(terms, site, sorted(depends), batch))
-    kernels = [kernel for *_, own in tables for kernel in own]
-    values = iter(value(kernels)) if kernels else iter(())
-    factors = []
-    for decisions, shape, filled, own in tables:
-        costs = np.zeros(prod(shape))
-        costs[filled] = [next(values) for _ in own]
-        factors.append(Factor(decisions, costs.reshape(shape)))
-    return tuple(factors)
-
-
-def shape_terms(terms: Terms, value: Callable[[Layer, int, int, Precision], float]) -> tuple[Factor, ...]:
-    """A cost that is a sum over layers of what their weights' shape and precision say: multiply-accumulates, bytes.
-
-    Args:
-        value: of a layer, its weight elements, its output channels, and its precision.
-    """
-    space, graph = terms.space, terms.space.graph
-    whole = graph.parameter_shapes(Policy())
-    factors = []
-    for layer in graph.layers:
-        members = {member.parameter for group in graph.groups for member in group.members}
-        depends = [
-            d
-            for d, decision in enumerate(space.decisions)
-            if (decision.kind == "precision" and decision.name == layer.name)
-            or (
-                decision.kind == "channels"
-                and layer.weight in members
-                and any(m.parameter == layer.weight for m in graph.group_by_name[decision.name].members)
-            )
-        ]
-        outer = next((terms.tied[d] for d in depends if d in terms.tied), None)
-        if outer is None:
-            depends += [
-                d
-                for d, decision in enumerate(space.decisions)
-                if decision.kind == "branch" and layer.name in graph.branch_by_name[decision.name].layers
-            ]
-        shape = tuple(len(terms.options[d]) for d in depends)
-        costs = np.zeros(shape)
-        for choices in product(*map(range, shape)):
-            taken = {d: terms.options[d][choice] for d, choice in zip(depends, choices, strict=True)}
-            if None in taken.values() or True in [t for d, t in taken.items() if space.decisions[d].kind == "branch"]:
-                continue
-            kept = {
-                space.decisions[d].name: t
-                for d, t in taken.items()
-                if space.decisions[d].kind == "channels" and isinstance(t, int)
-            }
-            weight = graph.parameter_shapes(Policy(kept))[layer.weight] if kept else whole[layer.weight]
-            precision = next((t for t in taken.values() if isinstance(t, Precision)), FP32)
-            costs[choices] = value(layer, elements(weight, precision.rank), weight[0], precision)
-        factors.append(Factor(tuple(depends), costs))
-    return tuple(factors)
-
-
 def _layers(graph: LayerGraph, decision: Decision) -> set[str]:
     """Layers that a decision about channels or a precision is about."""
     if decision.kind == "precision":
         return {decision.name}
     return {member.parameter.rpartition(".")[0] for member in graph.group_by_name[decision.name].members}
-
-
-def _bases(space: PolicySpace) -> list[Policy]:
-    return [space.nearest({}, precision) for precision in dict.fromkeys((space.precisions[-1], space.precisions[0]))]
-
-
-def _sites(terms: Terms, batch: int) -> dict[str, set[int]]:
-    """Kernel -> the decisions it depends on."""
-    space = terms.space
-    found: dict[str, set[int]] = {}
-    for base in _bases(space):
-        plain = kernels_of(space.graph, base, batch)
-        indices = list(space.encode(base))
-        for name in plain:
-            found.setdefault(name, set())
-        for position, decision in enumerate(space.decisions):
-            for option in range(len(decision.options)):
-                if option == indices[position]:
-                    continue
-                changed = space.decode([*indices[:position], option, *indices[position + 1 :]])
-                other = kernels_of(space.graph, changed, batch)
-                for name in found:
-                    if plain.get(name) != other.get(name):
-                        found[name].add(position)
-                if decision.kind == "channels":
-                    break  # one count shows as much as all
-    return found
-
-
-def _table(
-    terms: Terms, site: str, depends: Sequence[int], batch: int
-) -> tuple[tuple[int, ...], tuple[int, ...], list[int], list[Kernel]]:
-    """Decisions, shape, and for the places of the flattened table that hold a kernel which one."""
-    space = terms.space
-    graph = space.graph
-    widths = [d for d in depends if space.decisions[d].kind == "channels"]
-    inner = {terms.tied[d] for d in depends if d in terms.tied}
-    others = [d for d in depends if space.decisions[d].kind != "channels" and d not in inner]
-    others.sort(key=lambda d: space.decisions[d].name != site)
-    while prod(len(terms.options[d]) for d in others) > PATTERNS:
-        others.pop()
-    decisions = (*others, *widths)
-    shape = tuple(len(terms.options[d]) for d in decisions)
-    places = np.arange(prod(shape)).reshape(shape)
-    deltas = [[_narrowing(graph, space, site, d, option) for option in terms.options[d]] for d in widths]
-    filled: list[int] = []
-    kernels: list[Kernel] = []
-    for pattern in product(*(range(len(terms.options[d])) for d in others)):
-        own = next((terms.options[d][c] for d, c in zip(others, pattern, strict=True) if _is_own(space, d, site)), None)
-        indices = list(space.encode(space.nearest({}, own if isinstance(own, Precision) else space.precisions[-1])))
-        for d, choice in zip(others, pattern, strict=True):
-            if terms.options[d][choice] is None:
-                indices[terms.tied[d]] = 1
-            else:
-                indices[d] = choice
-        kernel = kernels_of(graph, space.decode(indices), batch).get(site)
-        if kernel is None:
-            continue
-        for counts in product(*(range(len(terms.options[d])) for d in widths)):
-            lost = [deltas[axis][choice] for axis, choice in enumerate(counts)]
-            if any(entry is None for entry in lost):
-                continue  # the branch is dropped: what is left then stands where nothing is lost
-            read, written = (sum(entry[side] for entry in lost if entry is not None) for side in (0, 1))
-            filled.append(int(places[(*pattern, *counts)]))
-            kernels.append(_narrower(kernel, read, written))
-    return decisions, shape, filled, kernels
-
-
-def _is_own(space: PolicySpace, decision: int, site: str) -> bool:
-    return space.decisions[decision].kind == "precision" and space.decisions[decision].name == site
-
-
-def _narrowing(
-    graph: LayerGraph, space: PolicySpace, site: str, decision: int, option: int | bool | Precision | None
-) -> tuple[int, int] | None:
-    """Channels that a layer reads and writes less where a group keeps only so many; None where the group is gone."""
-    if not isinstance(option, int) or site == ENTRY:
-        return None
-    layer = graph.layer_by_name[site]
-    shape = graph.parameter_shapes(Policy({space.decisions[decision].name: option}))[layer.weight]
-    whole = layer.weight_shape
-    written = whole[0] - shape[0]
-    if layer.groups > 1:  # loses whole groups
-        return (layer.groups - layer.groups_of(shape[0])) * whole[1], written
-    return whole[1] - shape[1], written
-
-
-def _narrower(kernel: Kernel, read: int, written: int) -> Kernel:
-    out = kernel.channels_out - written
-    groups = kernel.groups if kernel.groups == 1 else out // (kernel.channels_out // kernel.groups)
-    return replace(kernel, channels_in=kernel.channels_in - read, channels_out=out, groups=groups)

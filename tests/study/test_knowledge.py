@@ -12,7 +12,8 @@ from autocomp.graph import LayerGraph
 from autocomp.hardware import Kernel, kernels_of
 from autocomp.policy import FP32, INT8, Policy, digest_of
 from autocomp.space import Decision, PolicySpace, SearchSpace
-from autocomp.study.knowledge import layer_terms, losses, terms_of
+from autocomp.study.factors import layer_terms
+from autocomp.study.knowledge import losses, terms_of
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from tests.graphs import concat_net, residual_net
 
