@@ -75,7 +75,7 @@ def test_a_layer_that_reads_many_groups_has_small_factors_that_nearly_add_up(den
     errors = [problem.cost(dense.choices(policy))[0] / time_of(graph, policy) - 1 for policy in drawn]
     assert abs(np.mean(errors)) < 0.02 and np.std(errors) < 0.05
     (whole,) = problem.cost(dense.choices(Policy()))
-    assert whole == pytest.approx(time_of(graph, Policy()), rel=0.2)  # farthest from the middle, where products of widths count
+    assert whole == pytest.approx(time_of(graph, Policy()), rel=0.2)  # far from the middle
 
 
 def test_such_a_network_can_be_solved_for(dense: Terms) -> None:
