@@ -121,6 +121,8 @@ class Affine:
         source = node.args[0]
         if not isinstance(source, fx.Node) or len(source.users) != 1 or bool(node.args[5]):
             return None
+        if any(self.draft.uses(entry) > 1 for entry in source.all_input_nodes if entry.op == "get_attr"):
+            return None  # the layer is used again, perhaps further on
         new, norm = self.draft.values[source], self._norm(node)
         if new not in self.layers or not all(entry is None or is_known(entry) for entry in norm):
             return None

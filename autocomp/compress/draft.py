@@ -1,7 +1,10 @@
 """A graph that is being written from an exported one, and what is known of its values meanwhile."""
 
+import operator
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -60,15 +63,25 @@ class Draft:
 
     def read(self, node: fx.Node) -> None:
         """Take in a tensor of the source."""
-        value: Any = self.source
-        for name in str(node.target).split("."):
-            value = getattr(value, name)
+        value = _attribute(self.source, str(node.target))
         if not isinstance(value, Tensor):
             raise ModelError(f"the model has control flow in its graph ({node.target}): write it without torch.cond")
         own = str(node.target) in self.own
         self.values[node] = value.detach() if own else value.detach().clone()
         if own:
             self.names[node] = str(node.target)
+
+    def uses(self, node: fx.Node) -> int:
+        """How many operators of the source read a tensor, by this name or another."""
+        return self._uses[_attribute(self.source, str(node.target)).data_ptr()]
+
+    @cached_property
+    def _uses(self) -> Counter[int]:
+        found: Counter[int] = Counter()
+        for node in self.source.graph.nodes:
+            if node.op == "get_attr" and isinstance(value := _attribute(self.source, str(node.target)), Tensor):
+                found[value.data_ptr()] += len(node.users)
+        return found
 
     def mapped(self, node: Any) -> Any:
         """A node's value for readers in the new graph; known ones become parameters."""
@@ -105,6 +118,10 @@ class Draft:
         if "val" in node.meta:
             new.meta["val"] = node.meta["val"]
         return new
+
+
+def _attribute(module: fx.GraphModule, path: str) -> Any:
+    return operator.attrgetter(path)(module)
 
 
 def owner_of(parameter: str, kind: str) -> str:

@@ -135,6 +135,8 @@ class _Lowering:
         if op in ("view", "_unsafe_view"):  # the copies that made its input contiguous are left out
             sizes = fx.map_arg(node.args[1], draft.mapped)
             return draft.create(node, torch.ops.aten.reshape.default, (draft.mapped(node.args[0]), sizes), {}, op)
+        if op == "pixel_unshuffle" and node.meta["val"].ndim == 4:
+            return self._unshuffled(node)
         if op == "einsum" and (sides := matrix_product(str(node.args[0]))) is not None:
             return self._product(node, sides)
         args, kwargs = fx.map_arg((node.args, node.kwargs), draft.mapped)
@@ -164,6 +166,20 @@ class _Lowering:
                 value = turned
             read.append(value)
         return self._draft.create(node, torch.ops.aten.matmul.default, tuple(read), {}, "matmul")
+
+    def _unshuffled(self, node: fx.Node) -> fx.Node:
+        """Blocks of positions turned into channels in steps, whose sizes can follow those of a pruned value."""
+        draft, aten = self._draft, torch.ops.aten
+        source, block = node.args[0], int(node.args[1])  # type: ignore[arg-type]
+        value = source.meta["val"]  # type: ignore[union-attr]
+        _, channels, height, width = value.shape
+        parts = (channels, height // block, block, width // block, block)
+        split = draft.graph.call_function(aten.reshape.default, (draft.mapped(source), [-1, *parts]))
+        split.meta["val"] = value.reshape(value.shape[0], *parts)
+        turned = draft.graph.call_function(aten.permute.default, (split, [0, 1, 3, 5, 2, 4]))
+        turned.meta["val"] = split.meta["val"].permute(0, 1, 3, 5, 2, 4)
+        sizes = [-1, channels * block**2, height // block, width // block]
+        return draft.create(node, aten.reshape.default, (turned, sizes), {}, "reshape")
 
     def _constant(self, node: fx.Node, op: str) -> Any:
         """The value of an operator that reads nothing but sizes, parameters and such values, else None.

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from autocomp.errors import CompressError
 from autocomp.graph import LayerGraph
-from autocomp.policy import Recipe
+from autocomp.policy import INT8, Policy, Recipe
+from autocomp.quantization import place
 
 __all__ = ["FEW_IMAGES", "Ranges", "calibration_notes", "entropy_bins", "entropy_range", "least_error_range"]
 
@@ -56,9 +57,17 @@ class Ranges:
             self._samples.setdefault(name, []).append(flat[::step].clone())
 
     def bounds(self, graph: LayerGraph) -> dict[str, Bounds]:
-        """Value -> (low, high), in the graph's order. Raises: CompressError if a value is not finite."""
+        """Value -> (low, high), in the graph's order, without what is infinite and never quantized, such as a mask.
+
+        Raises:
+            CompressError: a value is not finite.
+        """
+        whole = Policy(precisions={layer.name: INT8 for layer in graph.layers})
+        quantized = frozenset(place(graph, whole).observed)
         for node in graph.nodes:
             if node.name in self._bounds and not np.isfinite(self._bounds[node.name]).all():
+                if node.name not in quantized and not np.isnan(self._bounds.pop(node.name)).any():
+                    continue
                 layer = graph.layer_by_node.get(node.name)
                 name = layer.name if layer else node.name
                 raise CompressError(

@@ -105,7 +105,7 @@ class GuidedController:
         wave = [policy for policy in self._initial if policy not in seen][:count]
         seen.update(wave)
         scored = [(self._choices[policy], r.score.divergence) for policy, r in self._results.items() if r.score]
-        beliefs = _Beliefs(self._knowledge.problem.losses, scored)
+        beliefs = Beliefs(self._knowledge.problem.losses, scored)
         limits, starts = self._limits(known, count), [self._choices[policy] for policy in self._elites()]
         while len(wave) < count:
             place = len(seen)
@@ -129,7 +129,7 @@ class GuidedController:
 
     def _proposal(
         self,
-        beliefs: "_Beliefs",
+        beliefs: "Beliefs",
         limits: tuple[float, ...],
         starts: Sequence[tuple[int, ...]],
         seen: set[Policy],
@@ -193,7 +193,7 @@ class GuidedController:
         return [r.policy for r in sorted(feasible, key=lambda r: (r.objective, r.number))[:ELITES]]
 
 
-class _Beliefs:
+class Beliefs:
     """Weights of the decisions' losses: their mean, and draws from what the results leave open."""
 
     def __init__(self, losses: Sequence[Array], scored: Sequence[tuple[tuple[int, ...], float]]) -> None:
@@ -209,11 +209,14 @@ class _Beliefs:
         rows, divergences = rows[reached], np.array([value for _, value in scored])[reached]
         scale = float(np.exp(np.median(np.log(divergences / rows.sum(axis=1)))))
         features = scale * rows / divergences[:, None]  # of weights around 1, for a target of 1
-        precision = features.T @ features / NOISE**2 + np.eye(count) / DOUBT**2
-        covariance = np.linalg.inv(precision)
-        mean: Array = covariance @ (features.sum(axis=0) / NOISE**2 + np.ones(count) / DOUBT**2)
+        # By its singular values: divergences that differ by many orders leave the products of features no digits.
+        _, values, axes = np.linalg.svd(features / NOISE, full_matrices=True)
+        precision = np.full(count, 1 / DOUBT**2)
+        precision[: len(values)] += values**2
+        target = axes @ (features.sum(axis=0) / NOISE**2 + np.ones(count) / DOUBT**2)
+        mean: Array = axes.T @ (target / precision)
         self.mean = np.maximum(mean, 0.05)
-        self._factor = np.asarray(np.linalg.cholesky(covariance + 1e-12 * np.eye(count)), np.float64)
+        self._factor = axes.T / np.sqrt(precision)
 
     def draw(self, generator: np.random.Generator) -> Array:
         """Positive ones, less doubtful than the regression alone would have it."""

@@ -183,7 +183,7 @@ def _improve(state: Assignment, limits: Sequence[float], places: Sequence[tuple[
     fits = (costs[gains][:, None] + costs[pays][None, :] <= left).all(axis=2)
     pairs = np.where(fits, pairs, np.inf)
     order = np.argsort(pairs, axis=None)[:TRIED]
-    tries = [(place,) for place in fitting[np.argsort(losses[fitting])][:1]]
+    tries: list[tuple[int, ...]] = [(place,) for place in fitting[np.argsort(losses[fitting])][:1]]
     tries += [(gains[k // len(pays)], pays[k % len(pays)]) for k in order if pairs.flat[k] < -EPSILON]
     before, loss = tuple(state.choices), state.loss
     for moves in tries:

@@ -6,7 +6,7 @@ from autocomp.engines.fresh import measure_fresh
 from autocomp.engines.lock import device_lock
 from autocomp.engines.onnx_graph import emit
 from autocomp.engines.packing import with_codes
-from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest
+from autocomp.engines.structure import initializer_bytes, int8_layers, structure_digest, with_shapes
 from autocomp.engines.template import Template, between_pairs, load_template
 from autocomp.engines.timing import clear_of, compare, estimate, merge
 
@@ -31,4 +31,5 @@ __all__ = [
     "open_engine",
     "structure_digest",
     "with_codes",
+    "with_shapes",
 ]

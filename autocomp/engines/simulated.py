@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 import onnx as onnx_package
 from numpy.typing import NDArray
-from onnx import shape_inference
 
 from autocomp.capabilities import Capabilities, DeviceInfo, Numerics
 from autocomp.engines.backends import BackendSpec
-from autocomp.engines.packing import unpacked
-from autocomp.engines.template import parse
+from autocomp.engines.structure import with_shapes
 from autocomp.errors import ConfigError, EngineError
 from autocomp.policy import FEWER_BITS, FP32, INT8
 from autocomp.results import OperatorTimes
@@ -124,7 +122,6 @@ class SimulatedEngine:
         self._onnx = self._executor = None
 
 
-LARGE_BYTES = 1024  # of a tensor that gives other values no shape
 _FREE = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout", "Constant", "Shape"})
 _ACTIVATIONS = frozenset({"Relu", "Clip"})
 _PRODUCTS = frozenset({"Conv", "Gemm", "MatMul"})
@@ -142,19 +139,7 @@ def operators_ms(onnx: bytes, device: Description, batch: int, threads: int) -> 
     Raises:
         EngineError: no ONNX model, or its shapes cannot be inferred.
     """
-    model = unpacked(parse(onnx))
-    for tensor in model.graph.initializer:  # inference copies the model thrice, and asks weights for their shapes alone
-        if len(tensor.raw_data) > LARGE_BYTES:
-            tensor.ClearField("raw_data")
-    for value in (*model.graph.input, *model.graph.output):
-        axes = value.type.tensor_type.shape.dim
-        if len(axes) == 0:
-            raise EngineError(f"the model's {value.name} has no shape: export it with fixed sizes")
-        axes[0].dim_value = batch
-    try:
-        model = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    except shape_inference.InferenceError as error:
-        raise EngineError(f"the model is not valid: {' '.join(str(error).split())[:300]}") from error
+    model = with_shapes(onnx, batch)
     flow = _Flow(model)
     return {node.output[0]: _cost_us(node, flow, device, threads) / 1e3 for node in model.graph.node}
 

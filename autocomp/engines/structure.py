@@ -7,13 +7,16 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from autocomp.engines.packing import unpacked
 from autocomp.engines.template import parse
+from autocomp.errors import EngineError
 from autocomp.graph import LayerGraph
 
-__all__ = ["has_sparse_weights", "initializer_bytes", "int8_layers", "structure_digest"]
+__all__ = ["has_sparse_weights", "initializer_bytes", "int8_layers", "structure_digest", "with_shapes"]
+
+LARGE_BYTES = 1024  # of a tensor that gives other values no shape
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _WEIGHTS = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8})
@@ -29,6 +32,27 @@ def initializer_bytes(onnx: bytes) -> int:
         EngineError: no ONNX model.
     """
     return sum(numpy_helper.to_array(tensor).nbytes for tensor in parse(onnx).graph.initializer)
+
+
+def with_shapes(onnx: bytes, batch: int) -> onnx.ModelProto:
+    """The model with the shape of every value for a batch, packed weights unpacked, large ones without their values.
+
+    Raises:
+        EngineError: no ONNX model, or its shapes do not fit together.
+    """
+    model = unpacked(parse(onnx))
+    for tensor in model.graph.initializer:  # inference copies the model thrice, and asks weights for their shapes alone
+        if len(tensor.raw_data) > LARGE_BYTES:
+            tensor.ClearField("raw_data")
+    for value in (*model.graph.input, *model.graph.output):
+        axes = value.type.tensor_type.shape.dim
+        if len(axes) == 0:
+            raise EngineError(f"the model's {value.name} has no shape: export it with fixed sizes")
+        axes[0].dim_value = batch
+    try:
+        return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    except shape_inference.InferenceError as error:
+        raise EngineError(f"the model is not valid: {' '.join(str(error).split())[:300]}") from error
 
 
 def structure_digest(onnx: bytes) -> str:

@@ -153,7 +153,7 @@ def _token(
     """One operator of a kernel, as its context spells it."""
     own = belongs[node.name]
     text = node.op
-    if node.shape[1:] != size:
+    if node.shape and node.shape[1:] != size:
         text += f":{_x(node.shape[1:]) or node.shape[0]}"
     if node.name not in graph.layer_by_node:
         outside = ["q" if value in plan.values else "f" for value in node.inputs if belongs[value] != own]

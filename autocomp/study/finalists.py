@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 from autocomp.engines import compare, device_lock, estimate, initializer_bytes
 from autocomp.outcome import Observer, Stage
@@ -16,8 +17,8 @@ __all__ = ["Finalist", "reserve", "select"]
 
 LOOKED_AT = 5
 """Times the number of finalists: how many feasible trials are timed again at most to find them."""
-ROOM = DRIFT
-"""How much slower one finalist may run, as a fraction, and still meet the budgets."""
+ROOMS = (DRIFT, DRIFT / 2, DRIFT / 4)
+"""How much slower one finalist may run, as a fraction, and still meet the budgets: the most that a trial allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +40,9 @@ def select(
     """The ``count`` best feasible trials on the search split, ordered by their score on the selection split.
 
     Each is first timed again, longer, by a file of its structure; one whose upper bound is over a budget, or that loses
-    too much accuracy where speed is the goal, gives its place to the next. This saves
-    verifications, and verifies nothing.
+    too much accuracy where speed is the goal, gives its place to the next. The best of a search lie at its limit, so
+    where some were over it, only those are timed that would hold it as much slower. This saves verifications, and
+    verifies nothing.
     """
     feasible = sorted(
         (result for result in results if result.feasible and result.objective is not None),
@@ -48,9 +50,12 @@ def select(
     )
     chosen: list[Finalist] = []
     looked = 0
+    slower: list[float] = []
     for trial in feasible:
         if len(chosen) == count or looked == LOOKED_AT * count:
             break
+        if slower and not _meets(trials.current(), trial, median(slower)):
+            continue
         looked += 1
         observer(Stage(trial.number, trial.role, "select"))
         skeleton = trials.emitter.skeleton(trial.policy)
@@ -60,6 +65,7 @@ def select(
         ratio = estimate(timing, "p50").ratio
         over = usual.violations(ratio.high, trial.macs or 0, initializer_bytes(skeleton))
         if any(violation > 0 for violation in over):
+            slower.append(ratio.high / (trial.ratio or ratio.high))
             continue
         with trials.backend.build(trials.emitter.emit(trials.emitter.finish(trial.policy))) as engine:
             score = selection.score(engine)
@@ -78,13 +84,13 @@ def reserve(
 ) -> list[Finalist]:
     """One more finalist, for when none of those tried was admitted; none where no trial is left.
 
-    The best trial that would meet the budgets `ROOM` slower, where there is one, else the next best: the best of a
-    search lie at its limit, and a device that slows down a little fails them all.
+    The best of the trials with most room, as of `ROOMS`, else the next best: the best of a search lie at its limit, and
+    a device that slows down a little fails them all.
     """
     known = {finalist.trial.policy for finalist in tried}
     left = [result for result in results if result.policy not in known]
-    roomy = [result for result in left if _meets(trials.current(), result, 1 + ROOM)]
-    return select(trials, roomy or left, selection, 1, patience, observer)
+    by_room = ([result for result in left if _meets(trials.current(), result, 1 + room)] for room in (*ROOMS, 0.0))
+    return select(trials, next(filter(None, by_room), left), selection, 1, patience, observer)
 
 
 def _meets(limits: Limits, result: TrialResult, slowdown: float) -> bool:

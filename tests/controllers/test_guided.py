@@ -7,6 +7,7 @@ import pytest
 
 from autocomp import controllers
 from autocomp.controllers import Knowledge, make_controller
+from autocomp.controllers.guided import DOUBT, NOISE, Beliefs
 from autocomp.policy import Policy
 from autocomp.protocols import Controller
 from autocomp.results import Score, TrialResult
@@ -82,3 +83,28 @@ def test_where_the_budget_holds_already_it_looks_for_the_fastest_that_keeps_the_
     fastest = min(result.ratio or 1.0 for result in results if result.feasible)
     faster = guided(problem, replace(problem.knowledge(), limits=(fastest - 0.03,))).ask(1)
     assert problem.judge(faster[0])[0] > allowed, "a policy 3 points faster would have kept the accuracy"
+
+
+def test_divergences_of_very_different_size_leave_beliefs_that_can_be_drawn_from() -> None:
+    """A network of random weights loses almost nothing by some choices and everything by others."""
+    losses = tuple(np.array([0.0, 10.0**-k]) for k in range(12))
+    scored = [(tuple(int(k == j) for k in range(12)), 10.0 ** (-14 + j)) for j in range(12)]
+    beliefs = Beliefs(losses, scored)
+    draw = beliefs.draw(np.random.default_rng(0))
+    assert np.isfinite(draw).all() and (draw > 0).all()
+
+
+def test_beliefs_are_those_of_a_bayesian_linear_regression() -> None:
+    """Against the textbook's closed form (Bishop 2006, equations 3.53 and 3.54)."""
+    rng = np.random.default_rng(0)
+    losses = tuple(np.array([0.0, value]) for value in rng.uniform(0.5, 2, 5))
+    chosen = [tuple(row) for row in rng.integers(0, 2, (20, 5)).tolist() if any(row)]
+    scored = [(row, float(np.exp(rng.normal(0, 0.3)) * sum(losses[d][c] for d, c in enumerate(row)))) for row in chosen]
+    rows = np.array([[losses[d][c] for d, c in enumerate(row)] for row, _ in scored])
+    found = np.array([value for _, value in scored])
+    features = rows * np.exp(np.median(np.log(found / rows.sum(1)))) / found[:, None]
+    covariance = np.linalg.inv(features.T @ features / NOISE**2 + np.eye(5) / DOUBT**2)
+    mean = covariance @ (features.sum(0) / NOISE**2 + np.ones(5) / DOUBT**2)
+    beliefs = Beliefs(losses, scored)
+    np.testing.assert_allclose(beliefs.mean, np.maximum(mean, 0.05), rtol=1e-6)
+    np.testing.assert_allclose(beliefs._factor @ beliefs._factor.T, covariance, rtol=1e-6, atol=1e-12)

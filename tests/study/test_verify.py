@@ -140,7 +140,7 @@ def test_no_finalist_no_winner(ask: Any) -> None:
 def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Select among trials of given latency ratios, the best first, by exact timings, then one more; their numbers."""
 
-    def go(ratios: list[float], count: int) -> list[list[int]]:
+    def go(ratios: list[float], count: int, slower: float = 1.0) -> list[list[int]]:
         results = [
             TrialResult(
                 number, "search", Policy({"g": number + 1}), "ok", (ratio / 0.5 - 1,), objective=float(number),
@@ -154,7 +154,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
         backend = SimpleNamespace(build=nullcontext)
         trials: Any = SimpleNamespace(emitter=emitter, backend=backend, limits=bounds, current=lambda: bounds)
         selection: Any = SimpleNamespace(score=lambda number: Score(float(number), 0.9, 10))
-        patience: Any = SimpleNamespace(measure=lambda take, _: timing(10.0, 10 * ratios[take.args[1]]))
+        patience: Any = SimpleNamespace(measure=lambda take, _: timing(10.0, 10 * slower * ratios[take.args[1]]))
         monkeypatch.setattr(finalists, "initializer_bytes", lambda _: 1)
         chosen = finalists.select(trials, results, selection, count, patience, ignore)
         more = finalists.reserve(trials, results, chosen, selection, patience, ignore)
@@ -168,7 +168,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ([0.49, 0.48, 0.47, 0.40], 2, [[0, 1], [3]]),  # the reserve has a tenth to spare
         ([0.49, 0.40, 0.48, 0.39], 2, [[0, 1], [3]]),  # another than those tried
-        ([0.49, 0.48, 0.47, 0.46], 2, [[0, 1], [2]]),  # none has it
+        ([0.49, 0.47, 0.48, 0.46], 2, [[0, 1], [3]]),  # half of it
+        ([0.49, 0.495, 0.498, 0.496], 2, [[0, 1], [2]]),  # none has any
         ([0.55, 0.49, 0.40], 1, [[1], [2]]),  # what is over the budget leaves its place
         ([0.49], 1, [[0], []]),
     ],
@@ -177,6 +178,12 @@ def test_the_reserve_has_room_for_a_slower_device(
     choose: Any, ratios: list[float], count: int, expected: list[list[int]]
 ) -> None:
     assert choose(ratios, count) == expected
+
+
+def test_where_trials_at_the_limit_are_over_it_those_with_as_much_room_come_next(choose: Any) -> None:
+    """A device that runs 2 % slower than in the trials would fail the hundred best of them one after another."""
+    ratios = [0.499] * 100 + [0.48, 0.495, 0.485]
+    assert choose(ratios, 2, slower=1.02) == [[100, 102], []]
 
 
 def test_the_reserve_is_tried_when_none_is_admitted_and_a_resumed_run_chooses_nothing_anew(
