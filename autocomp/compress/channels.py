@@ -34,6 +34,7 @@ class Channels:
         self._roots = torch.zeros(1, dtype=torch.int64)
         self._pending: list[Tensor] = []
         self._reasons: list[tuple[Tensor, str]] = []
+        self._ties: list[tuple[Tensor, str]] = []
 
     def fresh(self, count: int) -> Tensor:
         """New labels (count,), each a class of its own."""
@@ -62,8 +63,11 @@ class Channels:
         if pairs.shape[1]:
             self._pending.append(pairs)
 
-    def mix(self, labels: Tensor, axis: int, reason: str | None) -> Tensor:
+    def mix(self, labels: Tensor, axis: int, reason: str, tie: bool = False) -> Tensor:
         """Let all labels along an axis stand or fall together.
+
+        Args:
+            tie: the reason counts only where nothing else keeps them.
 
         Returns:
             labels with one entry on the axis.
@@ -71,8 +75,7 @@ class Channels:
         labels = self.classes(labels)
         first = labels.narrow(axis, 0, 1)
         if axis % labels.ndim in varying(labels):
-            if reason is not None:
-                self._reasons.append((core_of(labels).reshape(-1), reason))
+            (self._ties if tie else self._reasons).append((core_of(labels).reshape(-1), reason))
             self.unite(labels, first)
         return self.classes(first)
 
@@ -85,14 +88,16 @@ class Channels:
             self.unite(labels, torch.zeros(1, dtype=torch.int64))
 
     def reasons(self, several: Sequence[Tensor]) -> list[str | None]:
-        """For each of some labels the first reason that was given for one of them, else for one of the same class; None
-        without."""
+        """For each of some labels the first reason that was given for one of them, else for one of the same class, else
+        what ties them; None without."""
         self._settle()
-        none = len(self._reasons)
+        told = [*self._reasons, *self._ties]
+        none, words = len(told), len(self._reasons)
         own = torch.full_like(self._roots, none)  # label -> number of its first reason
         of_class = own.clone()  # class -> number of its first reason in words
-        for number, (given, reason) in reversed([*enumerate(self._reasons)]):
-            own[given] = number
+        for number, (given, reason) in reversed([*enumerate(told)]):
+            if number < words:
+                own[given] = number
             if reason:
                 of_class[self._roots[given]] = number
         own[0] = of_class[0] = none
@@ -102,7 +107,7 @@ class Channels:
             number = int(own[core].min())
             if number == none:
                 number = int(of_class[self._roots[core]].min())
-            found.append(None if number == none else self._reasons[number][1])
+            found.append(None if number == none else told[number][1])
         return found
 
     def count(self) -> int:

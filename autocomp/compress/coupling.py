@@ -129,7 +129,7 @@ def _whole(followed: Followed, layers: Sequence[Layer], groups: Sequence[Group])
     ]
     reasons = followed.channels.reasons([followed.axes[layer.weight, 0] for layer in left])
     return {
-        layer.name: reason or "its channels are tied to others that stay"
+        layer.name: reason or "its channels are tied to those of the output"
         for layer, reason in zip(left, reasons, strict=True)
         if reason != ""
     }

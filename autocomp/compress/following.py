@@ -164,7 +164,7 @@ class _Follower(Shapes):
     def _known(self, op: str, node: fx.Node, value: Any, operands: list[_Operand]) -> Any:
         first, mixed = operands[0], f"its channels are mixed by {op}"
         if op in _ELEMENTWISE:
-            return self._joined(operands)
+            return self._joined(operands, op)
         if op in _MOVING:
             if op == "slice" and argument_of(node, "step") not in (None, 1):
                 self._fix(first, [argument_of(node, "dim")], f"its channels are picked by {op}")
@@ -190,9 +190,9 @@ class _Follower(Shapes):
             self._pin(operands[1:], mixed)
             return self._mixed(first.labels, range(-len(argument_of(node, "normalized_shape")), 0), mixed)
         if op in ("matmul", "bmm") and min(len(operand.shape) for operand in operands) > 1 and len(operands) == 2:
-            return self._product(first, operands[1], mixed).labels
+            return self._product(first, operands[1], mixed, op).labels
         if op == "scaled_dot_product_attention":
-            return self._attention(node, mixed)
+            return self._attention(node, mixed, op)
         self._pin(operands, f"its channels cannot be followed through {op}")
         return None
 
@@ -215,7 +215,7 @@ class _Follower(Shapes):
             if not conv and across and axis not in across:  # a map over another axis than that of the channels
                 channels.pin(written, "it reads channels along another axis")
                 return operand.labels.narrow(-1, 0, 1).expand(value.shape)
-            read = self._vector(operand.labels, axis)
+            read = self._vector(operand.labels, axis, name)
         groups = int(node.args[6]) if conv else 1  # type: ignore[arg-type]
         if groups == 1:
             if read is not None:
@@ -223,8 +223,9 @@ class _Follower(Shapes):
         elif read is None:
             channels.pin(written, "it is a grouped convolution of what is always there")
         else:
-            inside = channels.mix(read.reshape(groups, -1), 1, None)
-            channels.unite(inside, channels.mix(written.reshape(groups, -1), 1, None))
+            tie = f"its channels are tied to each other by {name}, a grouped convolution"
+            inside = channels.mix(read.reshape(groups, -1), 1, tie, tie=True)
+            channels.unite(inside, channels.mix(written.reshape(groups, -1), 1, tie, tie=True))
         shape = [1] * value.ndim
         shape[axis] = -1
         return channels.classes(written.reshape(shape).expand(value.shape))
@@ -233,25 +234,25 @@ class _Follower(Shapes):
         known = self.followed.axes.setdefault((parameter, axis), labels)
         self._channels.unite(known, labels)
 
-    def _vector(self, labels: Tensor, axis: int) -> Tensor:
+    def _vector(self, labels: Tensor, axis: int, reader: str) -> Tensor:
         """Labels along one axis, those at one place of it united."""
         others = [other for other in range(labels.ndim) if other != axis]
-        labels = self._mixed(labels, others, None)
+        labels = self._mixed(labels, others, f"its channels are tied to each other by {reader}", tie=True)
         return labels.reshape(-1)
 
-    def _mixed(self, labels: Tensor, axes: Sequence[int], reason: str | None) -> Tensor:
+    def _mixed(self, labels: Tensor, axes: Sequence[int], reason: str, tie: bool = False) -> Tensor:
         for axis in axes:
-            labels = self._channels.mix(labels, axis, reason)
+            labels = self._channels.mix(labels, axis, reason, tie)
         return labels
 
-    def _joined(self, operands: Sequence[_Operand]) -> Tensor | None:
+    def _joined(self, operands: Sequence[_Operand], op: str) -> Tensor | None:
         """Labels behind an operator on elements at the same place, of operands that broadcast."""
         result = operands[0]
         for operand in operands[1:]:
-            result = self._pair(result, operand)
+            result = self._pair(result, operand, op)
         return result.labels
 
-    def _pair(self, first: _Operand, second: _Operand) -> _Operand:
+    def _pair(self, first: _Operand, second: _Operand, op: str) -> _Operand:
         shape = tuple(np.broadcast_shapes(first.shape, second.shape))
         sides = [_aligned(one, len(shape)) for one in (first, second)]
         own = [set() if one.labels is None else set(varying(one.labels)) for one in sides]
@@ -262,11 +263,11 @@ class _Follower(Shapes):
             if other.labels is not None and not own[1 - index]:  # one class fills what this side would be cut on
                 self._channels.unite(one.labels, other.labels)
             else:
-                self._pin([one], "its channels meet others that stay")
+                self._pin([one], f"its channels meet others that stay in {op}")
         if own[0] & own[1]:
             self._channels.unite(*(one.labels for one in sides if one.labels is not None))
         elif own[0] and own[1]:
-            self._pin([sides[1]], "its channels meet others along another axis")
+            self._pin([sides[1]], f"its channels meet others along another axis in {op}")
         labels = sides[0].labels if own[0] or sides[1].labels is None else sides[1].labels
         return _Operand(None if labels is None else self._channels.classes(labels.expand(shape)), shape)
 
@@ -301,7 +302,7 @@ class _Follower(Shapes):
         labels = self._channels.classes(torch.cat(parts, axis))
         best = cut_axis(labels)
         others = [other for other in varying(labels) if other != best]
-        return self._mixed(labels, others, None)
+        return self._mixed(labels, others, "its channels are tied to each other by cat", tie=True)
 
     def _padded(self, node: fx.Node, labels: Tensor, value: Tensor) -> Tensor:
         """Labels behind a padding: 0 for what is added on an axis on which they vary, unless it repeats values."""
@@ -318,21 +319,21 @@ class _Follower(Shapes):
     def _batch_norm(self, node: fx.Node, operands: list[_Operand]) -> Tensor | None:
         first, rest = operands[0], operands[1:]
         if first.labels is None:
-            self._pin(rest, "its channels meet others that stay")
+            self._pin(rest, "its channels meet others that stay in batch_norm")
             return None
-        vector = self._vector(first.labels, 1)
+        vector = self._vector(first.labels, 1, "batch_norm")
         for entry in node.args[1:5]:
             if isinstance(entry, fx.Node):
                 self.followed.free.pop(str(entry.target), None)
                 self._read(str(entry.target), 0, vector)
         return first.labels
 
-    def _product(self, first: _Operand, second: _Operand, reason: str) -> _Operand:
+    def _product(self, first: _Operand, second: _Operand, reason: str, op: str) -> _Operand:
         """Labels of a matrix product: what is summed over stands or falls together."""
         left, right = self._contracted(first, -1, reason), self._contracted(second, -2, reason)
         if first.labels is not None and second.labels is not None:
             self._together(first, second)
-        return self._pair(left, right)
+        return self._pair(left, right, op)
 
     def _together(self, first: _Operand, second: _Operand) -> None:
         """Unite the two sides of a sum over products."""
@@ -348,19 +349,19 @@ class _Follower(Shapes):
             return _Operand(None, tuple(shape))
         return _Operand(self._channels.mix(operand.labels, axis, reason), tuple(shape))
 
-    def _attention(self, node: fx.Node, reason: str) -> Tensor | None:
+    def _attention(self, node: fx.Node, reason: str, op: str) -> Tensor | None:
         query, key, value = (self._operand(entry) for entry in node.args[:3])  # type: ignore[arg-type]
         turned = _Operand(
             None if key.labels is None else key.labels.mT, (*key.shape[:-2], key.shape[-1], key.shape[-2])
         )
-        scores = self._product(query, turned, reason)
+        scores = self._product(query, turned, reason, op)
         scores = _Operand(scores.labels, (*query.shape[:-1], key.shape[-2]))
         mask = argument_of(node, "attn_mask")
         if isinstance(mask, fx.Node):
-            scores = self._pair(scores, self._operand(mask))
+            scores = self._pair(scores, self._operand(mask), op)
         if scores.labels is not None:
             scores = _Operand(self._channels.classes(scores.labels.expand(scores.shape)), scores.shape)
-        return self._product(scores, value, reason).labels
+        return self._product(scores, value, reason, op).labels
 
     def _fix(self, operand: _Operand, axes: Sequence[int], reason: str) -> None:
         if operand.labels is not None:

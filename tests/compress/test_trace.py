@@ -291,3 +291,21 @@ def test_in_place_operators_become_pure() -> None:
     untouched = batch.clone()
     run(traced.module, batch)
     assert torch.equal(batch, untouched)
+
+
+class Normed(nn.Module):
+    """A stream under a norm over its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.head = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(2).mT)
+        return self.head((x + self.inner(self.norm(x))).mean(1))
+
+
+def test_what_stays_whole_is_told_with_the_operator_that_keeps_it() -> None:
+    told = trace(Normed().eval(), images(2, 8)).graph.left_whole
+    assert set(told) == {"first", "inner"} and all("layer_norm" in reason for reason in told.values())
