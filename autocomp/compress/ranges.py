@@ -63,10 +63,10 @@ class Ranges:
             CompressError: a value is not finite.
         """
         whole = Policy(precisions={layer.name: INT8 for layer in graph.layers})
-        quantized = frozenset(place(graph, whole).observed)
+        needed = {*place(graph, whole).observed, *graph.layer_by_node}
         for node in graph.nodes:
             if node.name in self._bounds and not np.isfinite(self._bounds[node.name]).all():
-                if node.name not in quantized and not np.isnan(self._bounds.pop(node.name)).any():
+                if node.name not in needed and not np.isnan(self._bounds.pop(node.name)).any():
                     continue
                 layer = graph.layer_by_node.get(node.name)
                 name = layer.name if layer else node.name
