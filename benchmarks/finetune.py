@@ -47,10 +47,10 @@ STEPS = 20
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked of a part: how long to train, whom, and where everything is kept."""
+    """What is asked of a part: how to train, whom, and where everything is kept."""
 
     part: str
-    epochs: int
+    recipe: TrainingRecipe
     roles: Sequence[str]
     work: Path
 
@@ -88,7 +88,7 @@ def compare(
     Args:
         bench: made when there is something left to train.
     """
-    recipe, made = TrainingRecipe(epochs=job.epochs), cache(bench)
+    recipe, made = job.recipe, cache(bench)
     rows: dict[str, dict[str, Any]] = {}
     for role, policy in policies.items():
         path = job.work / f"{job.part}-{role}-{recipe.digest[:8]}.json"
@@ -99,7 +99,7 @@ def compare(
             row = tuned(made(), policy, recipe, path.stem, job.work)
             write_atomic(path, json.dumps(row))
         rows[role] = row
-        save("finetune", {job.part: {"epochs": job.epochs, "rows": rows, "ratios": dict(ratios)}})
+        save("finetune", {job.part: {"epochs": recipe.epochs, "rows": rows, "ratios": dict(ratios)}})
     table = []
     for role, row in rows.items():
         numbers = (row["macs"] / 1e6, row["before"], row["after"])
@@ -107,7 +107,7 @@ def compare(
             [role, ratios[role], *(f"{value:.2f}" for value in numbers), bounded(row["change"], "{:+.2f}", 100)]
         )
     columns = ["", "ratio", "MMACs", "before, %", "after, %", "change"]
-    show(f"{title}, {job.epochs} epochs", columns, table)
+    show(f"{title}, {recipe.epochs} epochs", columns, table)
 
 
 def at_latency(depth: int, budget: str, job: Job) -> None:
@@ -146,7 +146,7 @@ def epoch(job: Job) -> None:
     graph = bench.traced.graph
     kept = {group.name: group.channels // 2 for group in graph.groups if not group.name.startswith("layer3")}
     policy = Policy(kept, frozenset(), {layer.name: INT8 for layer in graph.layers})
-    recipe = TrainingRecipe(epochs=1)
+    recipe = job.recipe
     images = training_images(bench.splits)
     few = images.take(np.arange(STEPS * recipe.batch))
     assert isinstance(few, Indexed)
@@ -175,25 +175,28 @@ def epoch(job: Job) -> None:
 def default(job: Job) -> None:
     """The default job, fine-tuned at its end: timed, so never in parts."""
     with tempfile.TemporaryDirectory() as folder:
-        found = search(["--budget", "15ms", "--finetune-epochs", str(job.epochs)], Path(folder) / "default")
-    describe(f"autocomp search --budget 15ms --finetune-epochs {job.epochs}", found)
-    save("finetune", {job.part: {"epochs": job.epochs, **found}})
+        found = search(["--budget", "15ms"], Path(folder) / "default")
+    describe("autocomp search --budget 15ms", found)
+    save("finetune", {job.part: found})
 
 
-PARTS: Mapping[str, tuple[Callable[[Job], None], int]] = {
-    "latency20": (partial(at_latency, 20, "0.5x"), 10),
-    "latency56": (partial(at_latency, 56, "0.4x"), 4),
-    "macs20": (at_macs, 10),
-    "epoch": (epoch, 1),
-    "default": (default, 5),
+PARTS: Mapping[str, tuple[Callable[[Job], None], TrainingRecipe]] = {
+    "latency20": (partial(at_latency, 20, "0.5x"), TrainingRecipe(epochs=10)),
+    "latency56": (partial(at_latency, 56, "0.4x"), TrainingRecipe(epochs=4)),
+    "macs20": (
+        at_macs,
+        TrainingRecipe(10, 0.001, 64, "adamw", weight_decay=0.01),
+    ),  # much is lost there
+    "epoch": (epoch, TrainingRecipe(epochs=1)),
+    "default": (default, TrainingRecipe()),
 }
-"""Name -> what it does, and for how many epochs."""
+"""Name -> what it does, and how it trains."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=list(PARTS))
-    parser.add_argument("--epochs", type=int, help="in place of each part's own")
+    parser.add_argument("--epochs", type=int, help="in place of each part's own; the default job keeps its own")
     parser.add_argument("--role", action="append", choices=ROLES, help="whom to train; all by default")
     parser.add_argument(
         "--work", type=Path, help="folder for CIFAR-10, runs and checkpoints; a temporary one by default"
@@ -203,8 +206,8 @@ def main() -> None:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for name in args.part or PARTS:
-            part, epochs = PARTS[name]
-            part(Job(name, args.epochs or epochs, args.role or ROLES, work))
+            part, recipe = PARTS[name]
+            part(Job(name, replace(recipe, epochs=args.epochs or recipe.epochs), args.role or ROLES, work))
 
 
 if __name__ == "__main__":
