@@ -155,12 +155,36 @@ def test_without_its_data_a_run_ships_and_its_card_says_less(make: Make, tmp_pat
     assert "Predicted, an estimate" in (tmp_path / "shipped" / "card.md").read_text()
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_without_files_ships_the_others_and_says_so(make: Make, tmp_path: Path, engine: str) -> None:
+    pytest.importorskip(engine)
+    told: list[Any] = []
+    card = export(make(predicted=True, engine=engine), ["onnx", "engine", "policy"], tmp_path / "shipped", told.append)
+    names = {"model.onnx", "reference.onnx", "policy.json", "scales.json", "card.md"}
+    assert card.files.keys() == names == {path.name for path in (tmp_path / "shipped").iterdir()} - {"card.json"}
+    said = f"the engine {engine} keeps no engine files, it reads model.onnx"
+    assert [event.text for event in told] == [said] and card.notes[-1] == said and len(card.notes) == 3
+    assert f"- {said}\n" in (tmp_path / "shipped" / "card.md").read_text()
+
+
+def test_an_engine_with_files_ships_them(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keeping:
+        def save(self, onnx: bytes, path: Path) -> None:
+            path.write_bytes(b"engine of " + onnx)
+
+    monkeypatch.setattr("autocomp.study.ship.make_backend", lambda spec: Keeping())
+    card = export(make(predicted=False), ["engine"], tmp_path / "shipped")
+    made = (tmp_path / "shipped" / "model.engine").read_bytes()
+    assert made == b"engine of " + (tmp_path / "run" / "model.onnx").read_bytes() and len(card.notes) == 2
+    assert card.files.keys() == {"model.engine", "card.md"}
+
+
 @pytest.mark.parametrize(
     ("kinds", "kind", "said"),
     [
         (["onnx", "tflite"], InputError, "unknown kind tflite in --to: use onnx, torch, policy, engine"),
         ([], InputError, "unknown kind"),
-        (["onnx", "engine"], ConfigError, "onnxruntime keeps no engine files"),
+        (["engine"], ConfigError, "onnxruntime keeps no engine files, it reads model.onnx: give onnx in --to"),
     ],
 )
 def test_what_cannot_be_shipped_leaves_no_folder(
