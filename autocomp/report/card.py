@@ -3,6 +3,7 @@
 import json
 
 from autocomp.config import SearchConfig
+from autocomp.data import of_pixels
 from autocomp.outcome import Contender
 from autocomp.report.tables import ABSENT, macs, markdown_table, megabytes, milliseconds, percent, reference_precision
 from autocomp.study.card import Card, DataCard
@@ -63,8 +64,13 @@ def _images(data: DataCard) -> str:
 
 
 def _input(data: DataCard) -> str:
-    if data.mean is None or data.std is None:
+    if not of_pixels(data.source):
         return "Images go in as the dataset gives them."
+    if data.mean is None or data.std is None:
+        return (
+            "It was not at hand at export: images go in as (pixel / 255 - mean) / std, with the mean and std of this "
+            "data, which this card and card.json do not know and serving needs. An export beside the data names them."
+        )
     size = "" if data.size is None else f", {data.size} pixels a side"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
     return f"Images go in as (pixel / 255 - mean) / std{size}; mean {mean}; std {std}."

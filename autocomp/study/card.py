@@ -29,9 +29,10 @@ class DataCard:
     Attributes:
         source: as ``--data`` takes it.
         digest: of all splits.
-        test_images: behind the accuracy; None, as all that follows, where the source was not at hand.
+        test_images: behind the accuracy; None where the source was not at hand. What follows is then what the run's
+            settings say.
         mean, std: of the channels of pixels in [0, 1], which the model's images were normalised with; None where a
-            dataset yields ready images.
+            dataset yields ready images, and where they are not known.
         size: side of the square images in pixels; None for their own size.
     """
 

@@ -80,12 +80,13 @@ def write_card(card: Card, out: Path) -> None:
 
 
 def _data_card(config: SearchConfig, digest: str) -> DataCard:
+    asked = DataCard(config.data, digest, None, config.mean, config.std, config.size)
     try:
         splits = load_data(config.data, data_options(config))
     except DataError:
-        return DataCard(config.data, digest)
+        return asked
     if splits.digest != digest:
-        return DataCard(config.data, digest)
+        return asked
     how = getattr(splits.test, "preprocess", None)
     ready = (None, None, None) if how is None else (how.mean, how.std, how.size)
     return DataCard(config.data, digest, len(splits.test), *ready)

@@ -82,7 +82,8 @@ def make(tmp_path: Path, model: Case) -> Make:
         budget: str = "0.9x",
         data: str = "npz:gone.npz",
         data_digest: str = "",
-        accuracy: float = 0.9,
+        accuracy: float | None = 0.9,
+        **settings: Any,
     ) -> Path:
         onnx = model.emit(policy)
         tensors, _, params = model.parts(policy)
@@ -100,7 +101,7 @@ def make(tmp_path: Path, model: Case) -> Make:
         )
         config = SearchConfig(
             budget=(budget,), engine=engine, batch=4, data=data, out=str(folder), calibration_images=40,
-            search_images=40, selection_images=40,
+            search_images=40, selection_images=40, **settings,
         )  # fmt: skip
         shipped = {
             "policy": policy.to_json(),

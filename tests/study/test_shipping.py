@@ -155,6 +155,30 @@ def test_without_its_data_a_run_ships_and_its_card_says_less(make: Make, tmp_pat
     assert "Predicted, an estimate" in (tmp_path / "shipped" / "card.md").read_text()
 
 
+READY, UNKNOWN = "Images go in as the dataset gives them.", "not at hand at export"
+GIVEN = "Images go in as (pixel / 255 - mean) / std, 24 pixels a side; mean 0.4, 0.5, 0.6; std 0.2, 0.3, 0.25."
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "said", "unsaid"),
+    [
+        ("npz:gone.npz", {}, UNKNOWN, READY),
+        ("imagefolder:gone", {"mean": (0.4,)}, UNKNOWN, READY),
+        ("cifar10:gone", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "size": 24}, GIVEN, UNKNOWN),
+        ("gone.module:images", {}, READY, UNKNOWN),
+    ],
+)
+def test_a_card_tells_ready_images_from_unknown_ones(
+    make: Make, tmp_path: Path, data: str, settings: dict[str, Any], said: str, unsaid: str
+) -> None:
+    export(make(predicted=False, data=data, **settings), ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert said in text and unsaid not in text
+    found = json.loads((tmp_path / "shipped" / "card.json").read_text())["data"]
+    given = {name: settings.get(name) for name in ("mean", "std", "size")}
+    assert {name: found[name] for name in given} == json.loads(json.dumps(given)) and found["test_images"] is None
+
+
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_an_engine_without_files_ships_the_others_and_says_so(make: Make, tmp_path: Path, engine: str) -> None:
     pytest.importorskip(engine)
