@@ -11,6 +11,7 @@ from autocomp.policy import FP32, Policy
 from autocomp.results import Contest, Interval, LatencyEstimate, TrialResult
 
 __all__ = [
+    "NUMERICS",
     "PREDICTED",
     "ChoiceEffect",
     "Contender",
@@ -31,6 +32,8 @@ __all__ = [
 
 PREDICTED = "latencies are "
 """How the note of a run begins that did not measure."""
+NUMERICS = "accuracy is that of the engine's numerics under ONNX Runtime"
+"""How the note of a run begins that was measured afterwards, without its images."""
 ROLES = ("reference", "best", "uniform", "random")
 """Rows of the closing table, in order."""
 

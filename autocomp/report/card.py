@@ -4,7 +4,7 @@ import json
 
 from autocomp.config import SearchConfig
 from autocomp.data import of_pixels
-from autocomp.outcome import Contender
+from autocomp.outcome import NUMERICS, Contender
 from autocomp.report.tables import ABSENT, macs, markdown_table, megabytes, milliseconds, percent, reference_precision
 from autocomp.study.card import Card, DataCard
 
@@ -28,7 +28,7 @@ def render_card(card: Card) -> str:
             [_row(card.reference, f"uncompressed {reference_precision(card.reference, card.device)}"),
              _row(model, "shipped")],
         ),
-        f"Accuracy is the engine's, {_images(card.data)}.",
+        _accuracy(card),
         f"## Device\n\n{card.device.get('name')}, {card.device.get('engine')}: {card.device.get('details')}; "
         f"threads {config.threads}, batch {config.resolved_batch()}.",
         f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
@@ -57,6 +57,16 @@ def _row(row: Contender, name: str) -> tuple[str, ...]:
         macs(row.macs),
         megabytes(row.size_bytes),
     )
+
+
+def _accuracy(card: Card) -> str:
+    """Whose accuracy it is: the engine was not run where latencies are predicted."""
+    if card.model.test_accuracy is None:
+        return "No accuracy is claimed: the data has no labels."
+    if card.predicted or any(note.startswith(NUMERICS) for note in card.notes):
+        whose = f"{NUMERICS} on the machine that searched, not the engine's"
+        return f"{whose[0].upper()}{whose[1:]}, {_images(card.data)}."
+    return f"Accuracy is the engine's, {_images(card.data)}."
 
 
 def _images(data: DataCard) -> str:

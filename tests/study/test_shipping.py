@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load
 
 import autocomp
-from autocomp.api import export, verify_shipped
+from autocomp.api import export, verify, verify_shipped
 from autocomp.data import DataOptions, load_data
 from autocomp.errors import ConfigError, DataError, InputError, RunError
 from autocomp.study.card import Card
@@ -153,6 +153,36 @@ def test_without_its_data_a_run_ships_and_its_card_says_less(make: Make, tmp_pat
     card, untouched = Card.read(tmp_path / "shipped")
     assert untouched and card.data.test_images is None and card.data.mean is None and card.predicted
     assert "Predicted, an estimate" in (tmp_path / "shipped" / "card.md").read_text()
+
+
+ENGINES = "Accuracy is the engine's, over all test images."
+NUMERICS = (
+    "Accuracy is that of the engine's numerics under ONNX Runtime on the machine that searched, not the engine's, "
+    "over all test images."
+)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "accuracy", "said"),
+    [(False, 0.9, ENGINES), (True, 0.9, NUMERICS), (False, None, "No accuracy is claimed: the data has no labels.")],
+)
+def test_a_card_says_whose_accuracy_it_is(
+    make: Make, tmp_path: Path, predicted: bool, accuracy: float | None, said: str
+) -> None:
+    export(make(predicted=predicted, accuracy=accuracy), ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert f"\n\n{said}\n\n" in text and sum(text.count(other) for other in (ENGINES, NUMERICS)) == (accuracy == 0.9)
+
+
+def test_a_run_measured_without_its_images_claims_no_accuracy_of_the_engine(
+    make: Make, measured: Any, tmp_path: Path
+) -> None:
+    measured(0.5)
+    run = make(predicted=True)
+    assert verify(run).changed
+    export(run, ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert NUMERICS in text and ENGINES not in text and "Predicted" not in text
 
 
 READY, UNKNOWN = "Images go in as the dataset gives them.", "not at hand at export"
