@@ -33,7 +33,7 @@ def render_card(card: Card) -> str:
         f"threads {config.threads}, batch {config.resolved_batch()}.",
         f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
         "## Policy\n\n```json\n" + json.dumps(model.policy.to_json(), indent=2) + "\n```",
-        "## Made by\n\n```console\n$ " + " ".join(card.command) + "\n```\n\n"
+        f"## Made by\n\n{_made_by(card)}\n\n"
         + ", ".join(f"{name} {version}" for name, version in card.versions.items()) + ".",
         "## Files\n\n" + markdown_table(
             ("file", "SHA-256"), [(name, digest) for name, digest in card.files.items()]
@@ -57,6 +57,17 @@ def _row(row: Contender, name: str) -> tuple[str, ...]:
         macs(row.macs),
         megabytes(row.size_bytes),
     )
+
+
+def _made_by(card: Card) -> str:
+    """The commands that made the weights, and how they were trained."""
+    training = card.training or {}
+    commands = [" ".join(card.command), *filter(None, [training.get("command")])]
+    text = "```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```"
+    if not training:
+        return text
+    whose = "The second command" if training["command"] else "The search"
+    return f"{text}\n\n{whose} trained the weights:\n\n```json\n{json.dumps(training['recipe'], indent=2)}\n```"
 
 
 def _accuracy(card: Card) -> str:

@@ -14,6 +14,7 @@ from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.storage import write_atomic
 from autocomp.study.card import CARD, Card, DataCard, sha256
 from autocomp.study.loading import data_options
+from autocomp.study.provenance import trained_by
 from autocomp.study.recheck import shipped_files
 from autocomp.study.run import Manifest
 from autocomp.study.workbench import backend_spec
@@ -54,6 +55,7 @@ def export_run(
     files: Files = {}
     for kind in wanted:
         files |= KINDS[kind](run, config, onnx, reference)
+    training = trained_by(run, config)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(out / name, content)
@@ -71,6 +73,7 @@ def export_run(
         command=manifest.command,
         notes=notes,
         files={name: sha256(content) for name, content in sorted(files.items())},
+        training=None if training is None else training.to_json(),
     )
 
 
