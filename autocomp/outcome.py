@@ -121,6 +121,7 @@ class Contender:
         verified: every budget held in fresh engines at the stated confidence.
         evaluations: policies evaluated to find it.
         note: why there is no row, or why it is not verified.
+        fine_tuned: its weights were trained after the search; those of the rows beside it were not.
     """
 
     role: str
@@ -135,6 +136,7 @@ class Contender:
     verified: bool
     evaluations: int
     note: str | None = None
+    fine_tuned: bool = False
 
     @property
     def precision(self) -> str:
@@ -168,6 +170,7 @@ class Contender:
             data["verified"] = self.verified
             data["evaluations"] = self.evaluations
             data["note"] = self.note
+            data["fine_tuned"] = self.fine_tuned
         return data
 
     @classmethod
@@ -186,6 +189,7 @@ class Contender:
             verified=data.get("verified", False),
             evaluations=data.get("evaluations", 0),
             note=data.get("note"),
+            fine_tuned=data.get("fine_tuned", False),
         )
 
 

@@ -27,6 +27,7 @@ from autocomp.report.tables import (
     significant,
     statistic,
     trial_rows,
+    untrained,
     verdict,
 )
 from autocomp.results import Contest
@@ -143,12 +144,14 @@ def _contenders(result: SearchResult) -> str:
             for row, contender in zip(rows, ordered(result), strict=True)
         ],
     )  # fmt: skip
+    remark = untrained(result)
     remarks = "".join(f"\n- {row.label}: {row.note}" for row in rows if row.note)
     return "\n\n".join(
         filter(
             None,
             (
                 main,
+                _sentence(remark) if remark is not None else None,
                 remarks.strip(),
                 f"{PREDICTED if result.predicted else MEASURED} on the test split, its change paired with the "
                 "uncompressed engine's on the same images (95% interval).",

@@ -241,6 +241,7 @@ def _tested(
         size_bytes=initializer_bytes(files[1]),
         verified=verdict.admitted and bench.backend.measures,
         note=verdict.reason,
+        fine_tuned=True,
     )
     base = replace(base, latency=reference_latency(verdict.latency), test_accuracy=reference.accuracy)
     return row, base, paired_interval(new, old)

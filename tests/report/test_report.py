@@ -62,6 +62,17 @@ def test_report_holds_verdict_budget_and_every_contender(make_result: Make) -> N
     assert "- random: its upper bound is 10.504 ms, over 10.5 ms" in text
 
 
+def test_a_trained_row_is_told_from_untrained_ones(make_result: Make) -> None:
+    result = make_result()
+    best = replace(result.contenders["best"], fine_tuned=True)
+    trained = replace(result, contenders={**result.contenders, "best": best})
+    text = render(SearchResult.from_json(json.loads(json.dumps(trained.to_json())), result.front), {})
+    states = [row["status"] for row in tables(text)["Result"]]
+    assert states == ["-", "verified, fine-tuned", "verified", "not verified"]
+    assert "\n\nUniform and random: as searched, only best found was trained.\n\n" in text
+    assert "as searched" not in render(result, {})
+
+
 def test_search_accuracy_has_a_table_of_its_own(make_result: Make) -> None:
     text = render(make_result(), {})
     before, after = text.split("not to be compared with the test split's")
