@@ -236,6 +236,8 @@ def print_shipped(found: ShippedVerification, console: Console) -> None:
         lines.append(f"device: {found.device['name']} with {found.device['engine']}")
     if found.accuracy is not None:
         lines.append(f"accuracy: {percent(found.accuracy)}, on the card {percent(found.card.model.test_accuracy)}")
+    if found.verdict is not None and not found.verdict.admitted and found.verdict.reason not in found.broken:
+        lines.append(f"not on the card, which claims no budget: {found.verdict.reason}")
     lines += [f"no longer true: {line}" for line in found.broken] or ["all that the card claims holds"]
     for line in lines:
         console.print(Text(line), soft_wrap=True)

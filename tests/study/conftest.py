@@ -77,6 +77,7 @@ def make(tmp_path: Path, model: Case) -> Make:
     def go(
         *,
         predicted: bool,
+        verified: bool = False,
         device: Any = HERE,
         engine: str = "onnxruntime",
         budget: str = "0.9x",
@@ -97,7 +98,7 @@ def make(tmp_path: Path, model: Case) -> Make:
         folder = tmp_path / "run"
         notes = ("latencies are predicted, nothing is verified", "another")
         result = SearchResult(
-            False, parse_budgets([budget]), rows, {"search": 5}, (), 1.0, folder, notes, device, predicted
+            verified, parse_budgets([budget]), rows, {"search": 5}, (), 1.0, folder, notes, device, predicted
         )
         config = SearchConfig(
             budget=(budget,), engine=engine, batch=4, data=data, out=str(folder), calibration_images=40,

@@ -12,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import load
 
 import autocomp
 from autocomp.api import export, verify, verify_shipped
 from autocomp.data import DataOptions, load_data
 from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.report import print_shipped
 from autocomp.study.card import Card
 from tests.engines.conftest import Case
 from tests.study.conftest import HERE, Make
@@ -112,7 +114,8 @@ def test_claims_that_hold(shipped: Path, images: Images, measured: Any) -> None:
 def test_a_slower_engine_and_a_lost_accuracy_break_their_claims(
     make: Make, images: Images, measured: Any, tmp_path: Path
 ) -> None:
-    run = make(predicted=False, data=images.spec, data_digest=images.digest, accuracy=images.accuracy + 0.01)
+    lost = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy + 0.01}
+    run = make(predicted=False, verified=True, **lost)
     export(run, ["onnx"], tmp_path / "shipped")
     measured(0.95)
     speed, accuracy = verify_shipped(tmp_path / "shipped").broken
@@ -120,6 +123,57 @@ def test_a_slower_engine_and_a_lost_accuracy_break_their_claims(
     assert accuracy == (
         f"the accuracy is {100 * images.accuracy:.2f} %, the card says {100 * images.accuracy + 1:.2f} %"
     )
+
+
+def claiming(run: Path, ratio: float, latency_ms: float, reference_ms: float = 1.0) -> Path:
+    """The run with exact numbers in the row of its model."""
+    result = json.loads((run / "result.json").read_text())
+    exact = {"ratio": ratio, "latency_ms": latency_ms, "reference_ms": reference_ms}
+    result["best"]["timing"] |= {name: {"value": at, "low": at, "high": at} for name, at in exact.items()}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("claim", "device", "broken"),
+    [
+        ((0.5, 0.5), HERE, ["the ratio is 0.600 (", "the latency (p50) is 0.600 ms ("]),
+        ((0.58, 0.58), HERE, []),  # within 5 %
+        ((0.7, 0.7), HERE, []),  # faster than it was
+        ((0.5, 0.5), {**HERE, "name": "elsewhere"}, ["the ratio is 0.600 ("]),
+        ((0.5, 0.5, 1.2), HERE, ["the ratio is 0.600 ("]),  # the device ran at another speed
+    ],
+)
+def test_a_slower_model_than_the_cards_is_named(
+    make: Make, images: Images, measured: Any, tmp_path: Path, claim: tuple[float, ...], device: Any, broken: list[str]
+) -> None:
+    given = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy}
+    export(
+        claiming(make(predicted=False, verified=True, device=device, **given), *claim), ["onnx"], tmp_path / "shipped"
+    )
+    measured(0.6)
+    found = verify_shipped(tmp_path / "shipped")
+    assert len(found.broken) == len(broken) and found.verdict is not None and found.verdict.admitted
+    assert all(
+        line.startswith(start) and "the card says 0.500" in line
+        for line, start in zip(found.broken, broken, strict=True)
+    )
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_card_that_was_not_verified_claims_no_budget(
+    make: Make, images: Images, measured: Any, tmp_path: Path, verified: bool
+) -> None:
+    given = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy}
+    export(claiming(make(predicted=False, verified=verified, **given), 0.95, 0.95), ["onnx"], tmp_path / "shipped")
+    measured(0.95)
+    found = verify_shipped(tmp_path / "shipped")
+    assert found.verdict is not None and not found.verdict.admitted and found.holds is not verified
+    console = Console(file=io.StringIO(), width=200)
+    print_shipped(found, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("no longer true: p50 0.950x" in said) is verified
+    assert ("not on the card, which claims no budget: p50 0.950x" in said) is not verified
 
 
 def test_a_file_changed_by_hand_is_named_and_nothing_is_run(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
