@@ -12,7 +12,7 @@ from typing import Any
 from autocomp.api.common import LIVE, of_live_objects, silent
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
-from autocomp.errors import CompressError, ConfigError, DataError, InfeasibleError, RunError
+from autocomp.errors import CompressError, ConfigError, DataError, EngineError, InfeasibleError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.report import write_front_report, write_report
@@ -298,6 +298,9 @@ def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observe
     except (CompressError, DataError) as error:
         run.record(FINETUNED, recipe=recipe.to_json(), reason=str(error))
         observer(Note(f"not fine-tuned: {error}"))
+        return result
+    except EngineError as error:  # may pass: it is not journaled as the training's end, so that resume tries again
+        observer(Note(f"not fine-tuned: {error}; 'autocomp resume {run.folder}' tries again"))
         return result
     except KeyboardInterrupt:
         raise Interrupted(run.folder) from None

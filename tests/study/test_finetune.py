@@ -18,7 +18,7 @@ from autocomp.config import SearchConfig
 from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.engines.simulated import SimulatedBackend
-from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.errors import ConfigError, DataError, EngineError, InputError, RunError
 from autocomp.outcome import Note, Phase, Step
 from autocomp.study import front
 from autocomp.study.conduct import Interrupted
@@ -173,6 +173,25 @@ def test_a_search_whose_training_diverges_stays_whole(run: Path, monkeypatch: py
     assert entry["reason"] in said and contents(run) == before
     api.resume(run, events.append)  # is not tried again
     assert len([event for event in events if isinstance(event, Note)]) == 1
+
+
+def test_an_engine_that_fails_after_a_search_leaves_it_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["finetune_epochs"] = 1
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before, events = contents(run), list[Any]()
+
+    def fails(bench: Any, onnx: bytes) -> float:
+        raise EngineError("the engine gave up")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("autocomp.study.finetune.accuracy_of", fails)
+        assert api.resume(run, events.append) == api.load_result(run)
+    said = [event.text for event in events if isinstance(event, Note)]
+    assert said == [f"not fine-tuned: the engine gave up; 'autocomp resume {run}' tries again"]
+    assert contents(run) == before and not trainings(run)
+    api.resume(run, events.append)
+    assert len(trainings(run)) == 1
 
 
 def trainings(run: Path) -> list[Any]:
