@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from autocomp.config import SearchConfig
-from autocomp.errors import ConfigError, RunError
+from autocomp.errors import RunError
 from autocomp.study.replacement import FINETUNED
 from autocomp.study.run import Run
 from autocomp.study.training import recipe_of
-from autocomp.train import TrainingRecipe
 
 __all__ = ["TrainedBy", "trained_by"]
 
@@ -57,16 +56,9 @@ def trained_by(folder: Path, config: SearchConfig) -> TrainedBy | None:
     contests = [entry["contest"] for entry in entries if entry["recipe"] == recipe and entry["reason"] is None]
     finalists = len(contests[-1]["entrants"]) if contests and contests[-1] else 1
     epochs = config.resolved_finetune_epochs()
-    if epochs and recipe == _usual(config, {"epochs": epochs}) and finalists <= config.finetune_finalists:
+    if epochs and recipe == recipe_of(config, {"epochs": epochs}).to_json() and finalists <= config.finetune_finalists:
         return TrainedBy(recipe, None)
-    return TrainedBy(recipe, _command(folder, recipe, _usual(config, {}), finalists))
-
-
-def _usual(config: SearchConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        return recipe_of(config, settings).to_json()
-    except ConfigError:  # not of this version
-        return TrainingRecipe().to_json()
+    return TrainedBy(recipe, _command(folder, recipe, recipe_of(config, {}).to_json(), finalists))
 
 
 def _command(folder: Path, recipe: Mapping[str, Any], usual: Mapping[str, Any], finalists: int) -> str:
