@@ -11,6 +11,7 @@ from autocomp.policy import FP32, Policy
 from autocomp.results import Contest, Interval, LatencyEstimate, TrialResult
 
 __all__ = [
+    "NUMERICS",
     "PREDICTED",
     "ChoiceEffect",
     "Contender",
@@ -31,6 +32,8 @@ __all__ = [
 
 PREDICTED = "latencies are "
 """How the note of a run begins that did not measure."""
+NUMERICS = "accuracy is that of the engine's numerics under ONNX Runtime"
+"""How the note of a run begins that was measured afterwards, without its images."""
 ROLES = ("reference", "best", "uniform", "random")
 """Rows of the closing table, in order."""
 
@@ -118,6 +121,7 @@ class Contender:
         verified: every budget held in fresh engines at the stated confidence.
         evaluations: policies evaluated to find it.
         note: why there is no row, or why it is not verified.
+        fine_tuned: its weights were trained after the search; those of the rows beside it were not.
     """
 
     role: str
@@ -132,6 +136,7 @@ class Contender:
     verified: bool
     evaluations: int
     note: str | None = None
+    fine_tuned: bool = False
 
     @property
     def precision(self) -> str:
@@ -165,6 +170,7 @@ class Contender:
             data["verified"] = self.verified
             data["evaluations"] = self.evaluations
             data["note"] = self.note
+            data["fine_tuned"] = self.fine_tuned
         return data
 
     @classmethod
@@ -183,6 +189,7 @@ class Contender:
             verified=data.get("verified", False),
             evaluations=data.get("evaluations", 0),
             note=data.get("note"),
+            fine_tuned=data.get("fine_tuned", False),
         )
 
 

@@ -86,14 +86,15 @@ def finetune(
     return found
 
 
-def export(run: Path, kinds: Sequence[str], out: Path) -> Card:
+def export(run: Path, kinds: Sequence[str], out: Path, observer: Observer | None = None) -> Card:
     """Write a finished run's model into a new folder as files to deploy, with a card of what they claim.
 
     Needs the run's folder alone; where its data is at hand the card also says how to prepare images.
 
     Args:
         kinds: ``onnx`` (the measured file and the uncompressed one), ``torch`` (an ``ExportedProgram`` that computes
-            the same, and float weights), ``policy`` (with calibration scales), ``engine`` (of TensorRT).
+            the same, and float weights), ``policy`` (with calibration scales), ``engine`` (of TensorRT; other engines
+            read the ONNX, which a note then says).
 
     Raises:
         InputError: the run is not finished or not whole, a kind is unknown, or ``out`` is taken.
@@ -101,7 +102,7 @@ def export(run: Path, kinds: Sequence[str], out: Path) -> Card:
     result = load_result(run)
     refuse_filled(out)
     with storage_errors(out):
-        card = export_run(run, read_manifest(run), result, kinds, out)
+        card = export_run(run, read_manifest(run), result, kinds, out, observer or silent)
         text = render_card(card)
         write_atomic(out / "card.md", text)
         card = replace(card, files={**card.files, "card.md": sha256(text.encode())})

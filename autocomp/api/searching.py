@@ -12,7 +12,7 @@ from typing import Any
 from autocomp.api.common import LIVE, of_live_objects, silent
 from autocomp.config import SearchConfig, default_folder, load_config
 from autocomp.data import Splits, splits_from_objects
-from autocomp.errors import CompressError, ConfigError, DataError, InfeasibleError, RunError
+from autocomp.errors import CompressError, ConfigError, DataError, EngineError, InfeasibleError, RunError
 from autocomp.models import LoadedModel, wrap_model
 from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.report import write_front_report, write_report
@@ -20,11 +20,12 @@ from autocomp.results import TrialResult
 from autocomp.storage import storage_errors
 from autocomp.study.conduct import Interrupted, conduct, manifest_of, refuse_changes
 from autocomp.study.executors import hire, trainer
-from autocomp.study.finetune import FINETUNED, finetune_run
+from autocomp.study.finetune import finetune_run
 from autocomp.study.front import Front, FrontPoint, front_configs, hand_on, refuse_other_settings, write_front
 from autocomp.study.heritage import heritage_of
 from autocomp.study.loading import data_options
 from autocomp.study.predicted import retargeted
+from autocomp.study.replacement import FINETUNED, go_on, was_stopped
 from autocomp.study.run import Run, read_manifest, refuse_taken
 from autocomp.study.search import Prologue, begin
 from autocomp.study.study import journaled_trials
@@ -206,11 +207,16 @@ def resume(run: Path, observer: Observer | None = None, address: str | None = No
 
 
 def load_result(run: Path) -> SearchResult:
-    """The result of a finished run.
+    """The result of a finished run; where a trained model was just being put in place, that is ended first.
 
     Raises:
         RunError: the folder is no run, or the run has not finished.
     """
+    if was_stopped(run):
+        with Run.open(run) as opened:
+            replaced = go_on(opened)
+        if replaced:
+            write_report(load_result(run), run)
     manifest = read_manifest(run)
     try:
         data = json.loads((run / "result.json").read_text())
@@ -292,6 +298,9 @@ def _trained(bench: Workbench, run: Run, result: SearchResult, observer: Observe
     except (CompressError, DataError) as error:
         run.record(FINETUNED, recipe=recipe.to_json(), reason=str(error))
         observer(Note(f"not fine-tuned: {error}"))
+        return result
+    except EngineError as error:  # may pass: it is not journaled as the training's end, so that resume tries again
+        observer(Note(f"not fine-tuned: {error}; 'autocomp resume {run.folder}' tries again"))
         return result
     except KeyboardInterrupt:
         raise Interrupted(run.folder) from None

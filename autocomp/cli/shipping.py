@@ -2,13 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from autocomp.cli.flags import AsJson, Text
 from autocomp.cli.output import NOTHING_VERIFIED, UNTRUE, print_found, print_json, quiet_stdout, watched
 from autocomp.errors import InputError
+
+if TYPE_CHECKING:
+    from autocomp.outcome import Event
 
 __all__ = ["add_shipping_commands"]
 
@@ -27,13 +30,18 @@ def export(
 ) -> None:
     """Write a run's model as files to deploy, with a card: what it claims, and the digest of each file."""
     from autocomp import api
+    from autocomp.outcome import Note
 
+    told: list[Event] = []
     with quiet_stdout():
-        card = api.export(run, [kind.strip() for kind in to.split(",") if kind.strip()], out)
+        card = api.export(run, [kind.strip() for kind in to.split(",") if kind.strip()], out, told.append)
     if json:
         print_json({**card.to_json(), "folder": str(out)})
     else:
         print(f"{out}: {', '.join(card.files)}, card.json")
+        for event in told:
+            if isinstance(event, Note):
+                print(f"note: {event.text}")
 
 
 def verify(

@@ -10,10 +10,15 @@ from autocomp.data.splits import DataOptions, Splits
 from autocomp.errors import DataError
 from autocomp.factory import call_factory, is_factory
 
-__all__ = ["load_data"]
+__all__ = ["load_data", "of_pixels"]
 
 HINT = "write digits, npz:FILE, imagefolder:DIR, cifar10:DIR, random:3x224x224, or package.module:factory"
 FROM_DISK = {"npz": load_npz, "imagefolder": load_folder, "cifar10": load_cifar10}
+
+
+def of_pixels(spec: str) -> bool:
+    """Whether a source holds pixels, which are normalised here; noise and datasets of one's own come ready."""
+    return spec == "digits" or spec.partition(":")[0] in FROM_DISK
 
 
 def load_data(spec: str, options: DataOptions) -> Splits:

@@ -3,7 +3,8 @@
 import json
 
 from autocomp.config import SearchConfig
-from autocomp.outcome import Contender
+from autocomp.data import of_pixels
+from autocomp.outcome import NUMERICS, Contender
 from autocomp.report.tables import ABSENT, macs, markdown_table, megabytes, milliseconds, percent, reference_precision
 from autocomp.study.card import Card, DataCard
 
@@ -27,12 +28,12 @@ def render_card(card: Card) -> str:
             [_row(card.reference, f"uncompressed {reference_precision(card.reference, card.device)}"),
              _row(model, "shipped")],
         ),
-        f"Accuracy is the engine's, {_images(card.data)}.",
+        _accuracy(card),
         f"## Device\n\n{card.device.get('name')}, {card.device.get('engine')}: {card.device.get('details')}; "
         f"threads {config.threads}, batch {config.resolved_batch()}.",
         f"## Data\n\n{card.data.source}, SHA-256 `{card.data.digest}`. {_input(card.data)}",
         "## Policy\n\n```json\n" + json.dumps(model.policy.to_json(), indent=2) + "\n```",
-        "## Made by\n\n```console\n$ " + " ".join(card.command) + "\n```\n\n"
+        f"## Made by\n\n{_made_by(card)}\n\n"
         + ", ".join(f"{name} {version}" for name, version in card.versions.items()) + ".",
         "## Files\n\n" + markdown_table(
             ("file", "SHA-256"), [(name, digest) for name, digest in card.files.items()]
@@ -58,13 +59,39 @@ def _row(row: Contender, name: str) -> tuple[str, ...]:
     )
 
 
+def _made_by(card: Card) -> str:
+    """The commands that made the weights, and how they were trained."""
+    training = card.training or {}
+    commands = [" ".join(card.command), *filter(None, [training.get("command")])]
+    text = "```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```"
+    if not training:
+        return text
+    whose = "The second command" if training["command"] else "The search"
+    return f"{text}\n\n{whose} trained the weights:\n\n```json\n{json.dumps(training['recipe'], indent=2)}\n```"
+
+
+def _accuracy(card: Card) -> str:
+    """Whose accuracy it is: the engine was not run where latencies are predicted."""
+    if card.model.test_accuracy is None:
+        return "No accuracy is claimed: the data has no labels."
+    if card.predicted or any(note.startswith(NUMERICS) for note in card.notes):
+        whose = f"{NUMERICS} on the machine that searched, not the engine's"
+        return f"{whose[0].upper()}{whose[1:]}, {_images(card.data)}."
+    return f"Accuracy is the engine's, {_images(card.data)}."
+
+
 def _images(data: DataCard) -> str:
     return "over all test images" if data.test_images is None else f"over all {data.test_images} test images"
 
 
 def _input(data: DataCard) -> str:
-    if data.mean is None or data.std is None:
+    if not of_pixels(data.source):
         return "Images go in as the dataset gives them."
+    if data.mean is None or data.std is None:
+        return (
+            "It was not at hand at export: images go in as (pixel / 255 - mean) / std, with the mean and std of this "
+            "data, which this card and card.json do not know and serving needs. An export beside the data names them."
+        )
     size = "" if data.size is None else f", {data.size} pixels a side"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in (data.mean, data.std))
     return f"Images go in as (pixel / 255 - mean) / std{size}; mean {mean}; std {std}."

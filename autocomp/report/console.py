@@ -19,6 +19,7 @@ from autocomp.report.tables import (
     reference_precision,
     significant,
     statistic,
+    untrained,
     verdict,
 )
 from autocomp.results import LatencyEstimate, TrialResult
@@ -154,6 +155,9 @@ def print_result(result: SearchResult, console: Console) -> None:
         table.add_row(*(Text(cell) for cell in _cells(row)))
     console.print()
     console.print(table)
+    remark = untrained(result)
+    if remark is not None:
+        console.print(Text(remark))
     console.print()
     style = "bold green" if result.verified else "bold yellow"
     console.print(Text(verdict(result), style=style))
@@ -232,6 +236,8 @@ def print_shipped(found: ShippedVerification, console: Console) -> None:
         lines.append(f"device: {found.device['name']} with {found.device['engine']}")
     if found.accuracy is not None:
         lines.append(f"accuracy: {percent(found.accuracy)}, on the card {percent(found.card.model.test_accuracy)}")
+    if found.verdict is not None and not found.verdict.admitted and found.verdict.reason not in found.broken:
+        lines.append(f"not on the card, which claims no budget: {found.verdict.reason}")
     lines += [f"no longer true: {line}" for line in found.broken] or ["all that the card claims holds"]
     for line in lines:
         console.print(Text(line), soft_wrap=True)
@@ -257,7 +263,8 @@ def _cells(row: ContenderRow) -> tuple[str, ...]:
     """Each cell has a second line, for bounds and the like: the table then fits a narrow terminal."""
     numbers = (row.latency_ms, row.ratio, row.change)
     latency, ratio, change = (f"{number.value}\n{number.bounds}" for number in numbers)
-    return f"{row.label}\n{row.precision or row.state}", latency, ratio, row.accuracy, change, f"{row.macs}\n{row.size}"
+    state = row.state.replace(", ", ",\n")
+    return f"{row.label}\n{row.precision or state}", latency, ratio, row.accuracy, change, f"{row.macs}\n{row.size}"
 
 
 def _rank(result: TrialResult) -> float:

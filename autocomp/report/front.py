@@ -6,7 +6,16 @@ from rich.text import Text
 
 from autocomp.errors import RunError
 from autocomp.report.pareto import non_dominated
-from autocomp.report.tables import ABSENT, contender_rows, macs, markdown_table, megabytes, percent, reference_precision
+from autocomp.report.tables import (
+    ABSENT,
+    contender_rows,
+    macs,
+    markdown_table,
+    megabytes,
+    percent,
+    reference_precision,
+    untrained,
+)
 from autocomp.study.front import Front, FrontPoint
 
 __all__ = ["print_front", "write_front_report"]
@@ -69,8 +78,8 @@ def write_front_report(front: Front) -> None:
     remark = (
         "One search a budget, from the tightest to the loosest, each with a run folder of its own. Ratio and latency "
         "with confidence bounds; accuracy of the engine on the test split, which was read for a budget once all its "
-        "choices were journaled. Uniform and random: test accuracy of the best policies of these kinds at equal cost; "
-        f"{_ratios(front)}."
+        "choices were journaled. Uniform and random: test accuracy of the best policies of these kinds at equal cost"
+        f"{', as searched and not trained' if any(map(untrained, front.results)) else ''}; {_ratios(front)}."
     )
     parts = [f"# Front{label}", table, reasons.strip(), remark, "![Accuracy and divergence over latency](front.png)"]
     try:

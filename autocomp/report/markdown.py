@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autocomp.config import SearchConfig
 from autocomp.engines.tensorrt import EngineLayer
 from autocomp.errors import RunError
 from autocomp.outcome import LayerChoice, SearchResult
@@ -26,9 +27,11 @@ from autocomp.report.tables import (
     significant,
     statistic,
     trial_rows,
+    untrained,
     verdict,
 )
 from autocomp.results import Contest
+from autocomp.study.provenance import TrainedBy, trained_by
 
 __all__ = ["PICTURE", "REPORT", "render", "write_report"]
 
@@ -48,7 +51,9 @@ def write_report(result: SearchResult, folder: Path) -> None:
         draw(result, folder / PICTURE)
         if result.effects:
             draw_effects(result.effects, folder / EFFECTS)
-        (folder / REPORT).write_text(render(result, _manifest(folder), read_layers(folder)), encoding="utf-8")
+        manifest = _manifest(folder)
+        text = render(result, manifest, read_layers(folder), _training(folder, manifest))
+        (folder / REPORT).write_text(text, encoding="utf-8")
     except OSError as error:
         raise RunError(
             f"cannot write the report into {folder} ({error.strerror}): free space or rights there, then run "
@@ -56,13 +61,19 @@ def write_report(result: SearchResult, folder: Path) -> None:
         ) from error
 
 
-def render(result: SearchResult, manifest: Mapping[str, Any], layers: Sequence[EngineLayer] = ()) -> str:
+def render(
+    result: SearchResult,
+    manifest: Mapping[str, Any],
+    layers: Sequence[EngineLayer] = (),
+    training: TrainedBy | None = None,
+) -> str:
     """The report's text.
 
     Args:
         result: of the search.
         manifest: of the run folder; its ``command``, ``config`` and ``versions`` are shown where present.
         layers: of the shipped engine, where it was inspected.
+        training: behind the weights, where there was one.
     """
     asked = " and ".join(str(budget) for budget in result.budgets)
     label = " (predicted, an estimate)" if result.predicted else ""
@@ -84,7 +95,7 @@ def render(result: SearchResult, manifest: Mapping[str, Any], layers: Sequence[E
     if result.notes:
         sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in result.notes))
     if "command" in manifest:
-        sections.append(f"## Reproduce\n\n{_reproduce(result, manifest)}")
+        sections.append(f"## Reproduce\n\n{_reproduce(result, manifest, training)}")
     return "\n\n".join(sections) + "\n"
 
 
@@ -133,12 +144,14 @@ def _contenders(result: SearchResult) -> str:
             for row, contender in zip(rows, ordered(result), strict=True)
         ],
     )  # fmt: skip
+    remark = untrained(result)
     remarks = "".join(f"\n- {row.label}: {row.note}" for row in rows if row.note)
     return "\n\n".join(
         filter(
             None,
             (
                 main,
+                _sentence(remark) if remark is not None else None,
                 remarks.strip(),
                 f"{PREDICTED if result.predicted else MEASURED} on the test split, its change paired with the "
                 "uncompressed engine's on the same images (95% interval).",
@@ -246,11 +259,18 @@ def _device(result: SearchResult, manifest: Mapping[str, Any]) -> str:
     return markdown_table(("property", "value"), [(str(key), str(value)) for key, value in facts.items()])
 
 
-def _reproduce(result: SearchResult, manifest: Mapping[str, Any]) -> str:
-    """The command as it was typed (the manifest has it quoted), and the one that rebuilds what was shipped."""
+def _training(folder: Path, manifest: Mapping[str, Any]) -> TrainedBy | None:
+    return trained_by(folder, SearchConfig.from_json(manifest["config"])) if "config" in manifest else None
+
+
+def _reproduce(result: SearchResult, manifest: Mapping[str, Any], training: TrainedBy | None) -> str:
+    """The command as it was typed (the manifest has it quoted), and the one that rebuilds what was shipped: nothing
+    rebuilds trained weights but training."""
     commands = [" ".join(["autocomp", *manifest["command"][1:]])]
     config = manifest.get("config") or {}
-    if result.best is not None:
+    if training is not None:
+        commands += [training.command] if training.command is not None else []
+    elif result.best is not None:
         flags = [f"--{key}={config[key]}" for key in ("model", "weights", "data") if config.get(key)]
         commands.append(shlex.join(["autocomp", "apply", str(result.run / "policy.json"), *flags]))
     return "```console\n" + "\n".join(f"$ {command}" for command in commands) + "\n```"

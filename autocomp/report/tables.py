@@ -29,6 +29,7 @@ __all__ = [
     "significant",
     "statistic",
     "trial_rows",
+    "untrained",
     "verdict",
 ]
 
@@ -148,6 +149,14 @@ def contender_rows(result: SearchResult) -> tuple[ContenderRow, ...]:
     return tuple(_contender_row(row, result) for row in ordered(result))
 
 
+def untrained(result: SearchResult) -> str | None:
+    """What the rows beside a fine-tuned one are; None where they are all of one kind."""
+    beside = [LABELS[row.role] for row in ordered(result) if row.role in ("uniform", "random")]
+    if not beside or result.best is None or not result.best.fine_tuned:
+        return None
+    return f"{' and '.join(beside)}: as searched, only {LABELS['best']} was trained"
+
+
 def budget_rows(result: SearchResult) -> tuple[BudgetRow, ...]:
     """Each budget, judged by the upper confidence bound of the best found."""
     return tuple(_budget_row(budget, result.reference, result.best) for budget in result.budgets)
@@ -202,6 +211,7 @@ def _contender_row(row: Contender, result: SearchResult) -> ContenderRow:
     is_reference = row.role == "reference"
     state = "" if is_reference else "predicted" if result.predicted else "verified" if row.verified else "not verified"
     latency, delta = row.latency, row.test_delta
+    state += ", fine-tuned" if row.fine_tuned else ""
     return ContenderRow(
         label=LABELS[row.role],
         precision=reference_precision(row, result.device) if is_reference else "",

@@ -19,7 +19,7 @@ from autocomp.storage import csv_of, write_atomic
 from autocomp.study.run import Run
 from autocomp.study.workbench import Workbench
 
-__all__ = ["ShippedPolicy", "refuse_other_inputs", "ship", "write_model", "write_table"]
+__all__ = ["ShippedPolicy", "refuse_other_inputs", "ship", "write_layers", "write_model", "write_table"]
 
 FORMAT = 1
 SETTINGS = ("seed", "mean", "std", "size", "calibration_images", "search_images", "selection_images")
@@ -123,6 +123,15 @@ def write_model(
     return shipped
 
 
+def write_layers(bench: Workbench, folder: Path) -> None:
+    """Write ``layers.json`` beside ``model.onnx``: what its engine is made of, where the backend describes that."""
+    inspect: Callable[[bytes], Sequence[Any]] | None = getattr(bench.backend, "layers", None)
+    if inspect is not None:
+        with suppress(EngineError):  # a finished search does not fail because its engine cannot be described
+            made = inspect((folder / "model.onnx").read_bytes())
+            write_atomic(folder / "layers.json", json.dumps([layer.to_json() for layer in made], indent=2))
+
+
 def refuse_other_inputs(shipped: ShippedPolicy, path: Path, bench: Workbench) -> None:
     """Raises: InputError: weights, data, graph, recipe or numerics are not those that a policy was made with."""
     for name, digest in (shipped.digests or {}).items():
@@ -146,11 +155,7 @@ def ship(bench: Workbench, run: Run, result: SearchResult, results: Sequence[Tri
     if result.best is not None:
         run.write("reference.onnx", bench.reference)
         write_model(bench, bench.emitter.finish(result.best.policy), run.folder)
-        inspect: Callable[[bytes], Sequence[Any]] | None = getattr(bench.backend, "layers", None)
-        if inspect is not None:
-            with suppress(EngineError):  # a finished search does not fail because its engine cannot be described
-                made = inspect((run.folder / "model.onnx").read_bytes())
-                run.write("layers.json", json.dumps([layer.to_json() for layer in made], indent=2))
+        write_layers(bench, run.folder)
     write_table(run, results)
     run.write("result.json", json.dumps(result.to_json(), indent=2))
 

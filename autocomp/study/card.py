@@ -14,7 +14,7 @@ from autocomp.policy import digest_of
 
 __all__ = ["CARD", "Card", "DataCard", "sha256"]
 
-FORMAT = 1
+FORMAT = 2
 CARD = "card.json"
 
 
@@ -29,9 +29,10 @@ class DataCard:
     Attributes:
         source: as ``--data`` takes it.
         digest: of all splits.
-        test_images: behind the accuracy; None, as all that follows, where the source was not at hand.
+        test_images: behind the accuracy; None where the source was not at hand. What follows is then what the run's
+            settings say.
         mean, std: of the channels of pixels in [0, 1], which the model's images were normalised with; None where a
-            dataset yields ready images.
+            dataset yields ready images, and where they are not known.
         size: side of the square images in pixels; None for their own size.
     """
 
@@ -64,6 +65,8 @@ class Card:
         command: how the run was started.
         notes: of the run.
         files: name -> SHA-256 of every other file of the folder.
+        training: behind the weights: ``recipe``, and the ``command`` that trains so after the search, null where the
+            search did; None where there was none.
     """
 
     budgets: tuple[Budget, ...]
@@ -79,6 +82,7 @@ class Card:
     command: Sequence[str]
     notes: Sequence[str]
     files: Mapping[str, str]
+    training: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; ``digest`` is over all other fields, so that a change by hand shows."""
@@ -97,6 +101,7 @@ class Card:
             "command": list(self.command),
             "notes": list(self.notes),
             "files": dict(self.files),
+            "training": None if self.training is None else dict(self.training),
         }
         return {**plain, "digest": digest_of(plain)}
 
@@ -110,6 +115,8 @@ class Card:
         path = folder / CARD
         try:
             text = json.loads(path.read_text(encoding="utf-8"))
+            if text["format"] != FORMAT:
+                raise ValueError(f"format {text['format']}, this version reads {FORMAT}")
             plain = {name: value for name, value in text.items() if name not in ("format", "digest", "budget")}
             plain["budgets"] = tuple(Budget.parse(limit) for limit in text["budget"])
             plain["model"] = Contender.from_json("best", text["model"])
@@ -119,5 +126,5 @@ class Card:
         except FileNotFoundError:
             raise RunError(f"{folder} was not shipped: it holds no {CARD}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AutocompError) as error:
-            raise RunError(f"{path} is damaged ({error}): export the run again") from error
+            raise RunError(f"{path} is damaged or of another version ({error}): export the run again") from error
         return card, card.to_json() == text

@@ -1,6 +1,7 @@
 """A finished run's best policy trained, quantized again, and proved once more on the engine."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from autocomp.errors import CompressError, RunError
 from autocomp.outcome import Contender, Note, Observer, Phase, SearchResult, layer_choices
 from autocomp.results import Contest, Interval, TrialResult
 from autocomp.storage import write_atomic
-from autocomp.study.artefacts import write_model
+from autocomp.study.artefacts import write_layers, write_model
 from autocomp.study.contest import decide, entrants_of, sparse_layers
 from autocomp.study.explain import effects_of, predictor_for
 from autocomp.study.recheck import ENTRY, admit_here, shipped_files
+from autocomp.study.replacement import BEFORE, FINETUNED, replace_model
 from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
 from autocomp.study.starts import quick_sensitivity
@@ -22,14 +24,10 @@ from autocomp.study.verify import Verdict, reference_latency
 from autocomp.study.workbench import Workbench
 from autocomp.train import TrainingRecipe
 
-__all__ = ["FINETUNED", "Finetuned", "finetune_run"]
+__all__ = ["Finetuned", "finetune_run"]
 
-FINETUNED = "finetune"
-"""Kind of the journal's entries."""
 PERFECT = "its engine is right on every image of the selection split already"
-BEFORE = "untuned"
-"""Folder of a run for the files that training replaced."""
-REPLACED = ("model.onnx", "weights.safetensors", "policy.json", "result.json")
+ALREADY = "it is what this training makes already"
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
 
     Which policy gets all epochs is decided by `decide`. The trained model replaces the run's where it is more accurate
     on the selection split and, if the run's was verified, keeps every budget on fresh engines as well. Only then is the
-    test split read. A training that was stopped goes on; what was replaced lies in ``untuned``.
+    test split read. A training that was stopped goes on; what the search shipped lies in ``untuned``.
 
     Args:
         finalists: policies that are trained, at most; 1 for the run's best alone.
@@ -111,11 +109,15 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
     compressed, tuned = trained(course, best.policy)
     new = bench.emitter.emit(compressed)
     observer(Phase("selection"))
-    after = accuracy_of(bench, new)
+    after = before if new == old else accuracy_of(bench, new)
     if decided.contest is not None:
         notes = dict.fromkeys((*result.notes, str(decided.contest)))
         result = replace(result, contest=decided.contest, notes=tuple(notes))
     found = Finetuned(result, True, None, (before, after), None, tuned.losses, tuned.recipe, decided.contest)
+    if new == old:  # a stop came after the model and before this entry, or the same training was asked for again
+        found = _stays(run, replace(found, replaced=False, reason=ALREADY), observer)
+        _forget(run, entrants)
+        return found
     if after <= before:
         reason = f"on the selection split it reaches {100 * after:.2f} %, the model before {100 * before:.2f} %"
         return _stays(run, replace(found, replaced=False, reason=reason), observer)
@@ -125,33 +127,45 @@ def finetune_run(course: Course, run: Run, result: SearchResult, finalists: int)
     observer(Phase("test"))
     row, base, change = _tested(bench, best, result.reference, verdict, after, (old, new, reference))
     found = replace(found, result=_shown(course, run, result, row, base, change), change=change)
-    _keep(run.folder)
-    write_model(bench, compressed, run.folder, found.recipe.to_json())
-    run.write("result.json", json.dumps(found.result.to_json(), indent=2))
-    run.set_status("verified" if found.result.verified else "unverified")
-    _record(run, found)
+
+    def fill(folder: Path) -> None:
+        write_model(bench, compressed, folder, found.recipe.to_json())
+        write_layers(bench, folder)
+        write_atomic(folder / "result.json", json.dumps(found.result.to_json(), indent=2))
+
+    replace_model(run, fill, _entry(found))
+    _forget(run, entrants)
+    return found
+
+
+def _forget(run: Run, entrants: Sequence[TrialResult]) -> None:
+    """The states of trainings that have ended."""
     for trial in entrants:
         kept = checkpoint_of(run.folder, trial.policy)
         for path in run.folder.glob(f"{kept.stem}*{kept.suffix}"):
             path.unlink()
-    return found
 
 
 def _stays(run: Run, found: Finetuned, observer: Observer) -> Finetuned:
     """The run keeps its model; what a contest said of the search is added to its result."""
     observer(Note(f"the run keeps the model that it has: {found.reason}"))
-    _record(run, found)
     if found.contest is not None:
         run.write("result.json", json.dumps(found.result.to_json(), indent=2))
+    run.record(FINETUNED, **_entry(found))
     return found
 
 
-def _record(run: Run, found: Finetuned) -> None:
+def _entry(found: Finetuned) -> dict[str, Any]:
+    """What the journal keeps of a training."""
     before, after = found.selection
-    run.record(
-        FINETUNED, recipe=found.recipe.to_json(), losses=list(found.losses), before=before, after=after,
-        reason=found.reason, contest=None if found.contest is None else found.contest.to_json(),
-    )  # fmt: skip
+    return {
+        "recipe": found.recipe.to_json(),
+        "losses": list(found.losses),
+        "before": before,
+        "after": after,
+        "reason": found.reason,
+        "contest": None if found.contest is None else found.contest.to_json(),
+    }
 
 
 def _shown(
@@ -161,7 +175,7 @@ def _shown(
     bench, epochs = course.bench, course.recipe.epochs
     note = (
         f"fine-tuned for {epochs} epoch{'s' * (epochs > 1)}: {100 * change.value:+.2f} points of test accuracy "
-        f"({100 * change.low:+.2f} to {100 * change.high:+.2f}); the model before lies in {BEFORE}"
+        f"({100 * change.low:+.2f} to {100 * change.high:+.2f}); the search's model lies in {BEFORE}"
     )
     contenders = {**result.contenders, "best": row, "reference": base}
     notes = tuple(dict.fromkeys((*result.notes, note)))
@@ -227,15 +241,7 @@ def _tested(
         size_bytes=initializer_bytes(files[1]),
         verified=verdict.admitted and bench.backend.measures,
         note=verdict.reason,
+        fine_tuned=True,
     )
     base = replace(base, latency=reference_latency(verdict.latency), test_accuracy=reference.accuracy)
     return row, base, paired_interval(new, old)
-
-
-def _keep(folder: Path) -> None:
-    """Copies of what the search shipped; those of a first training stay."""
-    kept = folder / BEFORE
-    if not kept.exists():
-        kept.mkdir()
-        for name in REPLACED:
-            write_atomic(kept / name, (folder / name).read_bytes())

@@ -12,7 +12,7 @@ from autocomp.config import SearchConfig
 from autocomp.data import load_data
 from autocomp.engines import BackendSpec, device_lock, initializer_bytes, make_backend
 from autocomp.errors import ConfigError, DataError, RunError
-from autocomp.outcome import PREDICTED, Contender, Note, Observer, Phase, SearchResult
+from autocomp.outcome import NUMERICS, PREDICTED, Contender, Note, Observer, Phase, SearchResult
 from autocomp.protocols import Backend
 from autocomp.study.loading import data_options
 from autocomp.study.profiling import quiet_ms
@@ -183,7 +183,7 @@ def _measured(
             row = replace(row, test_accuracy=found.accuracy, test_delta=paired_interval(found, uncompressed))
             base = replace(base, test_accuracy=uncompressed.accuracy)
     except DataError as error:
-        notes.append(f"accuracy is that of the engine's numerics under ONNX Runtime, not the engine's: {error}")
+        notes.append(f"{NUMERICS}, not the engine's: {error}")
     for text in notes:
         observer(Note(text))
     others = {

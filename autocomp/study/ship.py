@@ -10,10 +10,11 @@ from autocomp.config import SearchConfig
 from autocomp.data import load_data
 from autocomp.engines import make_backend
 from autocomp.errors import ConfigError, DataError, InputError, RunError
-from autocomp.outcome import SearchResult
+from autocomp.outcome import Note, Observer, SearchResult
 from autocomp.storage import write_atomic
 from autocomp.study.card import CARD, Card, DataCard, sha256
 from autocomp.study.loading import data_options
+from autocomp.study.provenance import trained_by
 from autocomp.study.recheck import shipped_files
 from autocomp.study.run import Manifest
 from autocomp.study.workbench import backend_spec
@@ -23,14 +24,16 @@ __all__ = ["KINDS", "export_run", "write_card"]
 Files = dict[str, bytes]
 
 
-def export_run(run: Path, manifest: Manifest, result: SearchResult, kinds: Sequence[str], out: Path) -> Card:
+def export_run(
+    run: Path, manifest: Manifest, result: SearchResult, kinds: Sequence[str], out: Path, observer: Observer
+) -> Card:
     """Write the files of each kind into ``out``, a new folder, and say what they claim; nothing of it where one fails.
 
     Args:
-        kinds: of `KINDS`.
+        kinds: of `KINDS`; ``engine`` beside others is left out, with a note, where the run's engine keeps no files.
 
     Raises:
-        InputError: an unknown kind, or the run's engine keeps no files.
+        InputError: an unknown kind, or ``engine`` alone and the run's keeps no files.
         RunError: the run shipped nothing, or its files are not what it shipped.
         EngineError: an operator is not known to torch, or the engine could not be built.
     """
@@ -41,9 +44,18 @@ def export_run(run: Path, manifest: Manifest, result: SearchResult, kinds: Seque
         raise RunError(f"{run} shipped no model: there is nothing to export")
     config = SearchConfig.from_json(manifest.config)
     onnx, reference = shipped_files(run)
+    wanted, notes = list(dict.fromkeys(kinds)), result.notes
+    if "engine" in wanted and not hasattr(make_backend(backend_spec(config)), "save"):
+        said = f"the engine {config.engine} keeps no engine files, it reads model.onnx"
+        wanted.remove("engine")
+        if not wanted:
+            raise ConfigError(f"{said}: give onnx in --to")
+        observer(Note(said))
+        notes = (*notes, said)
     files: Files = {}
-    for kind in dict.fromkeys(kinds):
+    for kind in wanted:
         files |= KINDS[kind](run, config, onnx, reference)
+    training = trained_by(run, config)
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         write_atomic(out / name, content)
@@ -59,8 +71,9 @@ def export_run(run: Path, manifest: Manifest, result: SearchResult, kinds: Seque
         digests=manifest.digests,
         versions=manifest.versions,
         command=manifest.command,
-        notes=result.notes,
+        notes=notes,
         files={name: sha256(content) for name, content in sorted(files.items())},
+        training=None if training is None else training.to_json(),
     )
 
 
@@ -70,12 +83,13 @@ def write_card(card: Card, out: Path) -> None:
 
 
 def _data_card(config: SearchConfig, digest: str) -> DataCard:
+    asked = DataCard(config.data, digest, None, config.mean, config.std, config.size)
     try:
         splits = load_data(config.data, data_options(config))
     except DataError:
-        return DataCard(config.data, digest)
+        return asked
     if splits.digest != digest:
-        return DataCard(config.data, digest)
+        return asked
     how = getattr(splits.test, "preprocess", None)
     ready = (None, None, None) if how is None else (how.mean, how.std, how.size)
     return DataCard(config.data, digest, len(splits.test), *ready)
@@ -98,15 +112,10 @@ def _policy(run: Path, config: SearchConfig, onnx: bytes, reference: bytes) -> F
 
 
 def _engine(run: Path, config: SearchConfig, onnx: bytes, reference: bytes) -> Files:
-    backend = make_backend(backend_spec(config))
-    save: Callable[[bytes, Path], object] | None = getattr(backend, "save", None)
-    if save is None:
-        raise ConfigError(
-            f"the engine {config.engine} keeps no engine files, it reads model.onnx: leave engine out of --to"
-        )
+    backend: Any = make_backend(backend_spec(config))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.engine"
-        save(onnx, path)
+        backend.save(onnx, path)
         return {path.name: path.read_bytes()}
 
 

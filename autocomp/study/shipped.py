@@ -11,6 +11,7 @@ from autocomp.engines import make_backend
 from autocomp.errors import DataError, RunError
 from autocomp.outcome import Note, Observer, Phase
 from autocomp.protocols import Backend
+from autocomp.results import LatencyEstimate
 from autocomp.study.card import CARD, Card, sha256
 from autocomp.study.loading import data_options
 from autocomp.study.recheck import admit_here, refuse_estimates
@@ -23,6 +24,10 @@ __all__ = ["ShippedVerification", "verify_shipped"]
 TOLERANCE = 0.002
 """Accuracy that may be missing: other processors and versions add in other orders, which tips single images."""
 CONFIDENCE = 0.95
+SLOWER = 1.05
+"""How far above the card's bounds those measured here may lie: builds and the load of a day differ by less."""
+AS_FAST = 0.1
+"""Change of the uncompressed engine's latency up to which the device runs as it did for the card."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +103,30 @@ def verify_shipped(folder: Path, data: str | None, observer: Observer) -> Shippe
     measured_here = not card.predicted and device == card.device
     rows = (card.model, card.reference if measured_here else replace(card.reference, latency=None))
     verdict = admit_here(onnx, reference, spec, backend, card.budgets, rows, CONFIDENCE, observer)
-    broken = [] if verdict.admitted else [str(verdict.reason)]
+    claimed_budgets = card.verified or card.predicted
+    broken = [str(verdict.reason)] if claimed_budgets and not verdict.admitted else []
+    broken += _slower(card.model.latency, verdict.latency, measured_here=measured_here)
     observer(Phase("test"))
     accuracy = _accuracy(backend, onnx, splits)
     claimed = card.model.test_accuracy
     if accuracy is not None and claimed is not None and accuracy < claimed - TOLERANCE:
         broken.append(f"the accuracy is {100 * accuracy:.2f} %, the card says {100 * claimed:.2f} %")
     return ShippedVerification(folder, card, tuple(broken), device, verdict, accuracy)
+
+
+def _slower(claimed: LatencyEstimate | None, found: LatencyEstimate, *, measured_here: bool) -> list[str]:
+    """The numbers of a card that are worse now; milliseconds only where its own device runs as it did then."""
+    if claimed is None or claimed.statistic != found.statistic:
+        return []
+    pairs = [("ratio", found.ratio, claimed.ratio, "")]
+    if measured_here and abs(found.reference_ms.value / claimed.reference_ms.value - 1) <= AS_FAST:
+        pairs.append((f"latency ({found.statistic})", found.latency_ms, claimed.latency_ms, " ms"))
+    return [
+        f"the {what} is {now.value:.3f}{unit} ({now.low:.3f} to {now.high:.3f}), the card says {then.value:.3f}{unit} "
+        f"({then.low:.3f} to {then.high:.3f})"
+        for what, now, then, unit in pairs
+        if now.low > SLOWER * then.high
+    ]
 
 
 def _changed(folder: Path, name: str, digest: str) -> str | None:

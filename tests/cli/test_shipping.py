@@ -69,6 +69,8 @@ def test_export_passes_its_kinds(api: FakeApi, capfd: pytest.CaptureFixture[str]
     assert run("export", "runs/x", "--to", "onnx, policy", "--out", "there") == 0
     assert api.calls == [("export", Path("runs/x"), ["onnx", "policy"], Path("there"))]
     assert capfd.readouterr().out == "there: model.onnx, card.json\n"
+    assert run("export", "runs/x", "--to", "onnx,engine") == 0
+    assert capfd.readouterr().out == "exported: model.onnx, card.json\nnote: no engine files\n"
     assert run("export", "runs/x", "--json") == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed == {**card().to_json(), "folder": "exported"}

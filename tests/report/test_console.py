@@ -50,6 +50,22 @@ def test_rows_stand_in_order_with_their_state(make_result: Make) -> None:
     assert lines[lines.index("random") + 1] == "not verified"
 
 
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_trained_row_is_told_from_untrained_ones(make_result: Make, verified: bool) -> None:
+    result = make_result(run="run")
+    best = replace(result.contenders["best"], fine_tuned=True, verified=verified)
+    text = shown(replace(result, verified=verified, contenders={**result.contenders, "best": best}), 80)
+    lines = [line.strip() for line in text.split("\n\n")[0].splitlines()]
+    assert max(map(len, text.splitlines())) <= 80
+    place = next(number for number, line in enumerate(lines) if line.startswith("best found"))
+    assert lines[place + 1].startswith("verified," if verified else "not verified,")
+    assert lines[place + 2] == "fine-tuned" and text.count("fine-tuned") == 1
+    assert lines[-1] == "uniform and random: as searched, only best found was trained"
+    assert "as searched" not in shown(result)
+    alone = {role: row for role, row in result.contenders.items() if role == "reference"} | {"best": best}
+    assert "as searched" not in shown(replace(result, contenders=alone))
+
+
 def test_search_accuracy_never_stands_beside_test_accuracy(make_result: Make) -> None:
     text = shown(make_result())
     assert "98.76" not in text and "98.23" not in text

@@ -15,11 +15,12 @@ from autocomp.budget import Budget
 from autocomp.errors import RunError
 from autocomp.outcome import ChoiceEffect, SearchResult
 from autocomp.policy import Policy
-from autocomp.report import write_report
+from autocomp.report import write_front_report, write_report
 from autocomp.report.markdown import render
 from autocomp.report.pareto import HEIGHT_PX, WIDTH_PX, draw, non_dominated
 from autocomp.report.tables import budget_rows, duration, macs, markdown_table, megabytes, significant, verdict
 from autocomp.results import Interval, TrialResult
+from autocomp.study.front import Front, FrontPoint
 
 Make = Callable[..., SearchResult]
 
@@ -60,6 +61,28 @@ def test_report_holds_verdict_budget_and_every_contender(make_result: Make) -> N
         assert float(row["accuracy (test)"].removesuffix(" %")) == pytest.approx(100 * contender.test_accuracy)
         assert row["status"] == ("verified" if contender.verified else "not verified")
     assert "- random: its upper bound is 10.504 ms, over 10.5 ms" in text
+
+
+def test_a_trained_row_is_told_from_untrained_ones(make_result: Make) -> None:
+    result = make_result()
+    best = replace(result.contenders["best"], fine_tuned=True)
+    trained = replace(result, contenders={**result.contenders, "best": best})
+    text = render(SearchResult.from_json(json.loads(json.dumps(trained.to_json())), result.front), {})
+    states = [row["status"] for row in tables(text)["Result"]]
+    assert states == ["-", "verified, fine-tuned", "verified", "not verified"]
+    assert "\n\nUniform and random: as searched, only best found was trained.\n\n" in text
+    assert "as searched" not in render(result, {})
+
+
+@pytest.mark.parametrize("fine_tuned", [True, False])
+def test_a_front_says_that_its_baselines_are_not_trained(make_result: Make, tmp_path: Path, fine_tuned: bool) -> None:
+    result = make_result()
+    best = replace(result.contenders["best"], fine_tuned=fine_tuned)
+    trained = replace(result, contenders={**result.contenders, "best": best})
+    write_front_report(Front((FrontPoint("0.5x", trained), FrontPoint("0.9x", result)), tmp_path))
+    text = (tmp_path / "front.md").read_text()
+    assert ("at equal cost, as searched and not trained;" in text) is fine_tuned
+    assert text.count("verified, fine-tuned") == fine_tuned
 
 
 def test_search_accuracy_has_a_table_of_its_own(make_result: Make) -> None:

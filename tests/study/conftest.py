@@ -77,12 +77,14 @@ def make(tmp_path: Path, model: Case) -> Make:
     def go(
         *,
         predicted: bool,
+        verified: bool = False,
         device: Any = HERE,
         engine: str = "onnxruntime",
         budget: str = "0.9x",
         data: str = "npz:gone.npz",
         data_digest: str = "",
-        accuracy: float = 0.9,
+        accuracy: float | None = 0.9,
+        **settings: Any,
     ) -> Path:
         onnx = model.emit(policy)
         tensors, _, params = model.parts(policy)
@@ -96,11 +98,11 @@ def make(tmp_path: Path, model: Case) -> Make:
         folder = tmp_path / "run"
         notes = ("latencies are predicted, nothing is verified", "another")
         result = SearchResult(
-            False, parse_budgets([budget]), rows, {"search": 5}, (), 1.0, folder, notes, device, predicted
+            verified, parse_budgets([budget]), rows, {"search": 5}, (), 1.0, folder, notes, device, predicted
         )
         config = SearchConfig(
             budget=(budget,), engine=engine, batch=4, data=data, out=str(folder), calibration_images=40,
-            search_images=40, selection_images=40,
+            search_images=40, selection_images=40, **settings,
         )  # fmt: skip
         shipped = {
             "policy": policy.to_json(),

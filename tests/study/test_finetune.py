@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from autocomp.api import delivering, searching
 from autocomp.config import SearchConfig
 from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
-from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.engines.simulated import SimulatedBackend
+from autocomp.errors import ConfigError, DataError, EngineError, InputError, RunError
 from autocomp.outcome import Note, Phase, Step
 from autocomp.study import front
 from autocomp.study.conduct import Interrupted
@@ -171,6 +173,98 @@ def test_a_search_whose_training_diverges_stays_whole(run: Path, monkeypatch: py
     assert entry["reason"] in said and contents(run) == before
     api.resume(run, events.append)  # is not tried again
     assert len([event for event in events if isinstance(event, Note)]) == 1
+
+
+def test_an_engine_that_fails_after_a_search_leaves_it_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["finetune_epochs"] = 1
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    before, events = contents(run), list[Any]()
+
+    def fails(bench: Any, onnx: bytes) -> float:
+        raise EngineError("the engine gave up")
+
+    with monkeypatch.context() as failing:
+        failing.setattr("autocomp.study.finetune.accuracy_of", fails)
+        assert api.resume(run, events.append) == api.load_result(run)
+    said = [event.text for event in events if isinstance(event, Note)]
+    assert said == [f"not fine-tuned: the engine gave up; 'autocomp resume {run}' tries again"]
+    assert contents(run) == before and not trainings(run)
+    api.resume(run, events.append)
+    assert len(trainings(run)) == 1
+
+
+def trainings(run: Path) -> list[Any]:
+    return [entry for entry in Run.entries_of(run) if entry["kind"] == "finetune"]
+
+
+def test_a_kill_while_the_model_is_replaced_is_made_good(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["config"]["finetune_epochs"] = 6
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    monkeypatch.setattr(searching, "recipe_of", lambda config, settings: TrainingRecipe(**GENTLE))
+    before = api.load_result(run).best
+
+    def stopped(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(Interrupted):
+        killed.setattr("autocomp.study.replacement._move", stopped)
+        api.resume(run)
+    assert not trainings(run)
+    for name in ("model.onnx", "result.json"):  # as if the kill had come in the middle
+        (run / "tuned.ready" / name).replace(run / name)
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    card = api.export(other, ["onnx", "policy"], tmp_path / "shipped")
+    assert before is not None and before.test_accuracy is not None and card.model.test_accuracy is not None
+    assert card.model.test_accuracy > before.test_accuracy and "fine-tuned for 6 epochs" in " ".join(card.notes)
+    assert "fine-tuned for 6 epochs" in (other / "report.md").read_text()
+    events: list[Any] = []
+    result = api.resume(run, events.append)  # has nothing left to train
+    assert result.best == card.model and not events
+    (entry,) = trainings(run)
+    assert entry["reason"] is None and entry["after"] > entry["before"] and len(entry["losses"]) == 6
+    found = api.finetune(run, GENTLE, events.append)
+    assert not found.replaced and found.reason == "it is what this training makes already"
+    assert [entry["reason"] for entry in trainings(run)] == [None, found.reason]
+    assert not any(isinstance(event, Step) for event in events)
+    left = {path.name for path in run.iterdir() if path.suffix in (".pt", ".ready", ".part")}
+    assert api.load_result(run).best == card.model and not left
+
+
+class Launch:
+    """What a backend says of a file's engine."""
+
+    def __init__(self, onnx: bytes) -> None:
+        self.onnx = onnx
+
+    def to_json(self) -> dict[str, Any]:
+        name = hashlib.sha256(self.onnx).hexdigest()
+        empty: dict[str, Any] = {key: [] for key in ("operators", "layers", "reads", "writes", "feeds")}
+        return {"name": name, "kind": "Convolution", "weights": "int8", "sparse": False, **empty}
+
+
+def test_trained_again_the_searchs_model_is_kept_and_layers_are_of_the_model(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = contents(run)
+    rising = iter((0.5, 0.6, 0.6, 0.7))
+    monkeypatch.setattr("autocomp.study.finetune.accuracy_of", lambda bench, onnx: next(rising))
+    described = lambda self, onnx: [Launch(onnx)]  # noqa: E731
+    with monkeypatch.context() as describing:
+        describing.setattr(SimulatedBackend, "layers", described, raising=False)
+        assert api.finetune(run, {**GENTLE, "epochs": 1}).replaced
+    (layer,) = json.loads((run / "layers.json").read_text())
+    once = hashlib.sha256((run / "model.onnx").read_bytes()).hexdigest()
+    assert layer["name"] == once and once in (run / "report.md").read_text()
+    found = api.finetune(run, {**GENTLE, "epochs": 2})
+    assert found.replaced and not (run / "layers.json").exists()
+    said = [note for note in found.result.notes if note.startswith("fine-tuned")]
+    assert len(said) == 2 and all(note.endswith("; the search's model lies in untuned") for note in said)
+    assert all((run / "untuned" / name).read_bytes() == searched[name] for name in ("model.onnx", "policy.json"))
+    assert hashlib.sha256((run / "model.onnx").read_bytes()).hexdigest() != once
 
 
 def test_what_is_right_everywhere_is_not_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from rich.console import Console
 from safetensors.numpy import load
 
 import autocomp
-from autocomp.api import export, verify_shipped
+from autocomp.api import export, verify, verify_shipped
 from autocomp.data import DataOptions, load_data
 from autocomp.errors import ConfigError, DataError, InputError, RunError
+from autocomp.report import print_shipped
 from autocomp.study.card import Card
 from tests.engines.conftest import Case
 from tests.study.conftest import HERE, Make
@@ -112,7 +114,8 @@ def test_claims_that_hold(shipped: Path, images: Images, measured: Any) -> None:
 def test_a_slower_engine_and_a_lost_accuracy_break_their_claims(
     make: Make, images: Images, measured: Any, tmp_path: Path
 ) -> None:
-    run = make(predicted=False, data=images.spec, data_digest=images.digest, accuracy=images.accuracy + 0.01)
+    lost = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy + 0.01}
+    run = make(predicted=False, verified=True, **lost)
     export(run, ["onnx"], tmp_path / "shipped")
     measured(0.95)
     speed, accuracy = verify_shipped(tmp_path / "shipped").broken
@@ -120,6 +123,57 @@ def test_a_slower_engine_and_a_lost_accuracy_break_their_claims(
     assert accuracy == (
         f"the accuracy is {100 * images.accuracy:.2f} %, the card says {100 * images.accuracy + 1:.2f} %"
     )
+
+
+def claiming(run: Path, ratio: float, latency_ms: float, reference_ms: float = 1.0) -> Path:
+    """The run with exact numbers in the row of its model."""
+    result = json.loads((run / "result.json").read_text())
+    exact = {"ratio": ratio, "latency_ms": latency_ms, "reference_ms": reference_ms}
+    result["best"]["timing"] |= {name: {"value": at, "low": at, "high": at} for name, at in exact.items()}
+    (run / "result.json").write_text(json.dumps(result))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("claim", "device", "broken"),
+    [
+        ((0.5, 0.5), HERE, ["the ratio is 0.600 (", "the latency (p50) is 0.600 ms ("]),
+        ((0.58, 0.58), HERE, []),  # within 5 %
+        ((0.7, 0.7), HERE, []),  # faster than it was
+        ((0.5, 0.5), {**HERE, "name": "elsewhere"}, ["the ratio is 0.600 ("]),
+        ((0.5, 0.5, 1.2), HERE, ["the ratio is 0.600 ("]),  # the device ran at another speed
+    ],
+)
+def test_a_slower_model_than_the_cards_is_named(
+    make: Make, images: Images, measured: Any, tmp_path: Path, claim: tuple[float, ...], device: Any, broken: list[str]
+) -> None:
+    given = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy}
+    export(
+        claiming(make(predicted=False, verified=True, device=device, **given), *claim), ["onnx"], tmp_path / "shipped"
+    )
+    measured(0.6)
+    found = verify_shipped(tmp_path / "shipped")
+    assert len(found.broken) == len(broken) and found.verdict is not None and found.verdict.admitted
+    assert all(
+        line.startswith(start) and "the card says 0.500" in line
+        for line, start in zip(found.broken, broken, strict=True)
+    )
+
+
+@pytest.mark.parametrize("verified", [True, False])
+def test_a_card_that_was_not_verified_claims_no_budget(
+    make: Make, images: Images, measured: Any, tmp_path: Path, verified: bool
+) -> None:
+    given = {"data": images.spec, "data_digest": images.digest, "accuracy": images.accuracy}
+    export(claiming(make(predicted=False, verified=verified, **given), 0.95, 0.95), ["onnx"], tmp_path / "shipped")
+    measured(0.95)
+    found = verify_shipped(tmp_path / "shipped")
+    assert found.verdict is not None and not found.verdict.admitted and found.holds is not verified
+    console = Console(file=io.StringIO(), width=200)
+    print_shipped(found, console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert ("no longer true: p50 0.950x" in said) is verified
+    assert ("not on the card, which claims no budget: p50 0.950x" in said) is not verified
 
 
 def test_a_file_changed_by_hand_is_named_and_nothing_is_run(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,12 +209,90 @@ def test_without_its_data_a_run_ships_and_its_card_says_less(make: Make, tmp_pat
     assert "Predicted, an estimate" in (tmp_path / "shipped" / "card.md").read_text()
 
 
+ENGINES = "Accuracy is the engine's, over all test images."
+NUMERICS = (
+    "Accuracy is that of the engine's numerics under ONNX Runtime on the machine that searched, not the engine's, "
+    "over all test images."
+)
+
+
+@pytest.mark.parametrize(
+    ("predicted", "accuracy", "said"),
+    [(False, 0.9, ENGINES), (True, 0.9, NUMERICS), (False, None, "No accuracy is claimed: the data has no labels.")],
+)
+def test_a_card_says_whose_accuracy_it_is(
+    make: Make, tmp_path: Path, predicted: bool, accuracy: float | None, said: str
+) -> None:
+    export(make(predicted=predicted, accuracy=accuracy), ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert f"\n\n{said}\n\n" in text and sum(text.count(other) for other in (ENGINES, NUMERICS)) == (accuracy == 0.9)
+
+
+def test_a_run_measured_without_its_images_claims_no_accuracy_of_the_engine(
+    make: Make, measured: Any, tmp_path: Path
+) -> None:
+    measured(0.5)
+    run = make(predicted=True)
+    assert verify(run).changed
+    export(run, ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert NUMERICS in text and ENGINES not in text and "Predicted" not in text
+
+
+READY, UNKNOWN = "Images go in as the dataset gives them.", "not at hand at export"
+GIVEN = "Images go in as (pixel / 255 - mean) / std, 24 pixels a side; mean 0.4, 0.5, 0.6; std 0.2, 0.3, 0.25."
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "said", "unsaid"),
+    [
+        ("npz:gone.npz", {}, UNKNOWN, READY),
+        ("imagefolder:gone", {"mean": (0.4,)}, UNKNOWN, READY),
+        ("cifar10:gone", {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.25), "size": 24}, GIVEN, UNKNOWN),
+        ("gone.module:images", {}, READY, UNKNOWN),
+    ],
+)
+def test_a_card_tells_ready_images_from_unknown_ones(
+    make: Make, tmp_path: Path, data: str, settings: dict[str, Any], said: str, unsaid: str
+) -> None:
+    export(make(predicted=False, data=data, **settings), ["onnx"], tmp_path / "shipped")
+    text = (tmp_path / "shipped" / "card.md").read_text()
+    assert said in text and unsaid not in text
+    found = json.loads((tmp_path / "shipped" / "card.json").read_text())["data"]
+    given = {name: settings.get(name) for name in ("mean", "std", "size")}
+    assert {name: found[name] for name in given} == json.loads(json.dumps(given)) and found["test_images"] is None
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_without_files_ships_the_others_and_says_so(make: Make, tmp_path: Path, engine: str) -> None:
+    pytest.importorskip(engine)
+    told: list[Any] = []
+    card = export(make(predicted=True, engine=engine), ["onnx", "engine", "policy"], tmp_path / "shipped", told.append)
+    names = {"model.onnx", "reference.onnx", "policy.json", "scales.json", "card.md"}
+    assert card.files.keys() == names == {path.name for path in (tmp_path / "shipped").iterdir()} - {"card.json"}
+    said = f"the engine {engine} keeps no engine files, it reads model.onnx"
+    assert [event.text for event in told] == [said] and card.notes[-1] == said and len(card.notes) == 3
+    assert f"- {said}\n" in (tmp_path / "shipped" / "card.md").read_text()
+
+
+def test_an_engine_with_files_ships_them(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Keeping:
+        def save(self, onnx: bytes, path: Path) -> None:
+            path.write_bytes(b"engine of " + onnx)
+
+    monkeypatch.setattr("autocomp.study.ship.make_backend", lambda spec: Keeping())
+    card = export(make(predicted=False), ["engine"], tmp_path / "shipped")
+    made = (tmp_path / "shipped" / "model.engine").read_bytes()
+    assert made == b"engine of " + (tmp_path / "run" / "model.onnx").read_bytes() and len(card.notes) == 2
+    assert card.files.keys() == {"model.engine", "card.md"}
+
+
 @pytest.mark.parametrize(
     ("kinds", "kind", "said"),
     [
         (["onnx", "tflite"], InputError, "unknown kind tflite in --to: use onnx, torch, policy, engine"),
         ([], InputError, "unknown kind"),
-        (["onnx", "engine"], ConfigError, "onnxruntime keeps no engine files"),
+        (["engine"], ConfigError, "onnxruntime keeps no engine files, it reads model.onnx: give onnx in --to"),
     ],
 )
 def test_what_cannot_be_shipped_leaves_no_folder(
