@@ -15,11 +15,8 @@ from autocomp.study.training import recipe_of
 
 __all__ = ["TrainedBy", "trained_by"]
 
-FLAGS = (
-    "epochs", "lr", "optimizer", "schedule", "distillation", "quantization", "crop", "flip", "attention", "mixup",
-    "randaugment", "device", "precision",
-)  # fmt: skip
-"""Settings of a recipe that ``autocomp finetune`` takes."""
+PYTHON_ONLY = frozenset({"momentum", "slimming", "soft_pruning", "seed"})
+"""Settings of a recipe that ``autocomp finetune`` has no flag for."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +61,8 @@ def trained_by(folder: Path, config: SearchConfig) -> TrainedBy | None:
 def _command(folder: Path, recipe: Mapping[str, Any], usual: Mapping[str, Any], finalists: int) -> str:
     """The command line, or a line of Python where a setting has no flag."""
     given = {name: value for name, value in recipe.items() if value != usual.get(name)}
-    if given.keys() <= set(FLAGS):
-        flags = [f"--{name}={value}" for name, value in {**given, "finalists": finalists}.items()]
+    if not given.keys() & PYTHON_ONLY:
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in {**given, "finalists": finalists}.items()]
         return shlex.join(["autocomp", "finetune", str(folder), *flags])
     call = f"api.finetune(Path({str(folder)!r}), {given!r}, finalists={finalists})"
     return shlex.join(["python", "-c", f"from pathlib import Path; from autocomp import api; {call}"])

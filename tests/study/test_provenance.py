@@ -35,7 +35,8 @@ def test_the_command_in_report_and_card_makes_the_same_weights(
 ) -> None:
     rising = iter((0.5, 0.6) * 2)
     monkeypatch.setattr("autocomp.study.finetune.accuracy_of", lambda bench, onnx: next(rising))
-    assert api.finetune(run, {"epochs": 1, "lr": 0.03, "quantization": "calibrated", "crop": 0}, finalists=1).replaced
+    settings = {"epochs": 1, "lr": 0.03, "quantization": "calibrated", "crop": 0, "weight_decay": 0.0, "batch": 32}
+    assert api.finetune(run, settings, finalists=1).replaced
     card = api.export(run, ["onnx"], tmp_path / "shipped")
     assert card.training is not None and card.training["recipe"]["quantization"] == "calibrated"
     command = card.training["command"]
@@ -65,7 +66,7 @@ def test_a_search_that_trains_needs_no_second_command(tmp_path: Path) -> None:
 
 
 def test_what_has_no_flag_is_said_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(tmp_path / "run", SearchConfig(), {"batch": 64, "epochs": 2})
+    made(tmp_path / "run", SearchConfig(), {"momentum": 0.8, "epochs": 2})
     found = trained_by(tmp_path / "run", SearchConfig())
     assert found is not None and found.command is not None
     calls: list[Any] = []
@@ -73,7 +74,7 @@ def test_what_has_no_flag_is_said_in_python(tmp_path: Path, monkeypatch: pytest.
     python, flag, code = shlex.split(found.command)
     exec(code, {})
     assert (python, flag) == ("python", "-c")
-    assert calls == [((tmp_path / "run", {"epochs": 2, "batch": 64}), {"finalists": 1})]
+    assert calls == [((tmp_path / "run", {"epochs": 2, "momentum": 0.8}), {"finalists": 1})]
 
 
 def test_untrained_and_damaged(tmp_path: Path) -> None:
