@@ -20,6 +20,7 @@ from autocomp.results import Score, TimingProtocol, TrialResult
 from autocomp.study.executors.ray import Pool, RayExecutor, executor
 from autocomp.study.tasks import Answer, Task, Timed, TimeTask
 from autocomp.study.trial import Limits, Trials
+from autocomp.study.worker import Emitter
 from tests.engines.conftest import Case
 
 
@@ -134,7 +135,7 @@ def trials(model: Case, tmp_path: Path) -> Stubbed:
     nobody: Any = None
     File.held = File.most = 0
     return Stubbed(
-        Skeletons(model), cast(Backend, backend), nobody, nobody, TimingProtocol(), model.net.graph,
+        cast(Emitter, Skeletons(model)), cast(Backend, backend), nobody, nobody, TimingProtocol(), model.net.graph,
         structure_digest(file), limits, LatencyTable(tmp_path / "latencies.jsonl"), tmp_path, lambda event: None,
     )  # fmt: skip
 

@@ -91,7 +91,7 @@ class RayExecutor:
 
     def _has_room(self) -> bool:
         """Whether another trial may begin: no more than workers can use, and no more files than devices wait for."""
-        under_way = len(self._sent) + sum(map(len, (*self._queues.values(), *self._same.values())))
+        under_way = len(self._sent) + sum(map(len, self._queues.values())) + sum(map(len, self._same.values()))
         files = AHEAD if self._meters is None else len(self._meters.members)
         enough = files > 0 and len(self._queues[True]) >= files  # without a device, what needs none goes on
         return under_way < 2 * self._workers.size and not enough
