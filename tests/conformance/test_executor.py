@@ -473,7 +473,10 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
     sent, kept = tmp_path / "sent", tmp_path / "kept"
     sent.mkdir()
     (sent / "own.py").write_text("def metric(found, wanted, labels):\n    return 0.25\n")
-    small = {**CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray"}
+    small = {
+        **CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray",
+        "target_resource": TARGET,
+    }  # fmt: skip
     flags = [
         f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, list) else value}"
         for name, value in small.items()
@@ -483,8 +486,9 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
     while "No available agent" in said and time.monotonic() < deadline:  # a head that has just started has none yet
         done = subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "job", "submit",
-             f"--address=http://{cluster.head_node.webui_url}", f"--working-dir={sent}", "--", sys.executable, "-m",
-             "autocomp", "search", *flags, f"--out={kept}"],
+             f"--address=http://{cluster.head_node.webui_url}", f"--working-dir={sent}",
+             f'--entrypoint-resources={{"{TARGET}": 0.01}}', "--", sys.executable, "-m", "autocomp", "search",
+             *flags, f"--out={kept}"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         said = done.stdout + done.stderr

@@ -14,15 +14,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from autocomp.config import SearchConfig
 from autocomp.errors import ConfigError
 from autocomp.storage import storage_errors
+from autocomp.study.executors.ray.room import check_room
 from autocomp.study.worker import line_of
 
-__all__ = ["ANSWER_S", "check", "workers_of"]
+__all__ = ["ANSWER_S", "check"]
 
 ANSWER_S = 5.0
 """Longest wait for an address to accept a connection."""
 LOOK_S = 30.0
 """Longest wait for the nodes to say whether they see a folder."""
-_HIDDEN = ("node:", "memory", "object_store_memory", "accelerator_type:")
 
 
 def check(config: SearchConfig) -> None:
@@ -37,32 +37,7 @@ def check(config: SearchConfig) -> None:
         _connect(config.address)
     if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
         _refuse_unshared_folder(config.out)
-    has = ray.cluster_resources()
-    wanted = workers_of(config)
-    for unit, each in (("CPU", 1.0), ("GPU", config.gpus_per_worker)):
-        if each * wanted > has.get(unit, 0.0):
-            raise ConfigError(
-                f"{wanted} workers take {each * wanted:g} {unit}s and the cluster has {has.get(unit, 0.0):g}: "
-                "give fewer --workers, or a smaller --gpus-per-worker"
-            )
-    target = config.target_resource
-    if target is not None and has.get(target, 0.0) < 1:
-        listed = ", ".join(f"{name} {count:g}" for name, count in sorted(has.items()) if not name.startswith(_HIDDEN))
-        raise ConfigError(
-            f"no node of the cluster has the resource {target!r}; it has {listed}: start the target's node with "
-            f"--resources '{{\"{target}\": 1}}'"
-        )
-
-
-def workers_of(config: SearchConfig) -> int:
-    """As many as were asked for, else as fit."""
-    if config.workers is not None:
-        return config.workers
-    has = ray.cluster_resources()
-    fitting = int(has.get("CPU", 0.0))
-    if config.gpus_per_worker:
-        fitting = min(fitting, int(has.get("GPU", 0.0) / config.gpus_per_worker))
-    return max(fitting, 1)
+    check_room(config)
 
 
 def _connect(address: str | None) -> None:

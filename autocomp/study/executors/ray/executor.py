@@ -2,27 +2,22 @@
 
 import platform
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import monotonic
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from autocomp.config import SearchConfig
-from autocomp.outcome import Fleet, Note, Stage
+from autocomp.outcome import Fleet, Stage
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
-from autocomp.study.executors.kit import Kit, send
-from autocomp.study.executors.ray.connect import check, workers_of
-from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
+from autocomp.study.executors.ray.pool import Member, Pool, reason_of
 from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
-from autocomp.train import Trainer
 
-__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor", "trainer"]
+__all__ = ["ATTEMPTS", "RayExecutor"]
 
 ATTEMPTS = 3
 """Workers that a trial may lose before it has failed."""
@@ -214,72 +209,5 @@ class RayExecutor:
         return any(member.busy for member in here) or bool(here and self._queues[True])
 
 
-class RayCrew:
-    """The actors that the searches of one workbench share; they start at once and learn later what for.
-
-    Args:
-        config: with ``address``, ``workers``, ``gpus_per_worker`` and ``target_resource``.
-    """
-
-    def __init__(self, config: SearchConfig) -> None:
-        check(config)
-        self._config = config
-        self.workers = Pool(
-            partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker), workers_of(config), "worker"
-        )
-        self.meters = None
-        if config.target_resource is not None:
-            count = int(ray.cluster_resources()[config.target_resource])
-            self.meters = Pool(partial(_station, num_cpus=0, resources={config.target_resource: 1}), count, "meter")
-
-    def equip(self, kit: Kit, device: Mapping[str, Any]) -> None:
-        """The kit goes through the object store once."""
-        self._equipment = ray.put(send(kit, ray.cloudpickle.dumps)), device
-        self._gather()
-
-    def executor(self, trials: Trials) -> RayExecutor:
-        self._gather()
-        engine = trials.device.engine
-        others = [member.engine for member in self.workers.members if member.engine != engine]
-        if others:
-            trials.observer(
-                Note(
-                    f"{len(others)} of {len(self.workers.members)} workers lack {engine} and score the same files "
-                    f"under {', '.join(sorted(set(others)))}; finalists are scored again on the target"
-                )
-            )
-        return RayExecutor(trials, self.workers, self.meters)
-
-    def trainer(self) -> Trainer:
-        """Ray Tune, which needs the processors that the workers hold; they start again for the next search."""
-        self.close()
-        return trainer(self._config)
-
-    def _gather(self) -> None:
-        parcel, device = self._equipment
-        self.workers.equip(parcel)
-        if self.meters is not None:
-            self.meters.equip(parcel, device)
-            self.meters.gather()
-        self.workers.gather()
-
-    def close(self) -> None:
-        for pool in (self.workers, self.meters):
-            if pool is not None:
-                pool.close()
-
-
-def trainer(config: SearchConfig) -> Trainer:
-    """Ray Tune on the cluster. Raises: ConfigError as `check`."""
-    check(config)
-    from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
-
-    return finetune_on_ray
-
-
 def _stage_of(task: Task) -> str:
     return "time" if isinstance(task, TimeTask) else "score"
-
-
-def _station(name: str, **options: Any) -> Any:
-    return ray.remote(Station).options(name=name, **options).remote()
