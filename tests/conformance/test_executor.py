@@ -19,6 +19,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.exceptions import NodeDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.api import load_result
@@ -230,6 +231,29 @@ def test_a_jobs_folder_must_be_seen_from_other_nodes(
         rays.check(
             replace(CONFIG, executor="ray", workers=1, out="/proc/self/cwd/run")
         )  # each process has another folder there
+
+
+def test_a_folder_that_others_train_into_must_be_seen_from_there(
+    cluster: Cluster, frail: rays.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, executor="ray", workers=1, out="/proc/self/cwd/run")
+    rays.check(config)
+    with pytest.raises(ConfigError, match=r"is not seen by .* storage that every node reaches"):
+        executors.trainer(config)
+    with pytest.raises(ConfigError, match=r"is not seen by .* storage that every node reaches"):
+        rays.check(replace(config, finetune_epochs=1))
+
+
+def test_a_node_that_dies_while_it_is_asked_for_the_folder_is_told_of(
+    cluster: Cluster, frail: rays.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(answer: Any) -> Any:
+        raise NodeDiedError("Task failed because the node it was running on is dead")
+
+    monkeypatch.setattr("autocomp.study.executors.ray.connect.ray.get", get)
+    with pytest.raises(RunError, match=rf"the node {platform.node()} went away .* is dead.*: start again"):
+        rays.check(replace(CONFIG, executor="ray", workers=1, finetune_epochs=1, out=str(tmp_path / "run")))
 
 
 def test_a_device_that_goes_away_stops_measuring_but_not_scoring(

@@ -1,6 +1,7 @@
 """What a user is told who asks for a cluster that cannot serve."""
 
 import importlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from autocomp import api
 from autocomp.config import SearchConfig
@@ -28,7 +30,7 @@ from autocomp.study.score import Predictions, Scorer
 from autocomp.study.workbench import package_versions
 from tests.engines.conftest import Case
 
-CONFIG = SearchConfig(executor="ray")
+CONFIG = SearchConfig(executor="ray", finetune_epochs=0)
 
 
 class Elsewhere:
@@ -87,6 +89,43 @@ def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"Version mismatch.*Ray: 1.0.0 Python: 3.6.1") as caught:
         rays.check(replace(CONFIG, address="local"))
     assert "\n" not in str(caught.value)
+
+
+TOKEN = "InvalidAuthToken: Authentication token is missing or incorrect. Ensure that the token is there."
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "words"),
+    [
+        (
+            ConnectionError("Failed to connect to Ray cluster at h:1"),
+            RuntimeError(f"Traceback:\n  File\nray.exceptions.AuthenticationError: {TOKEN}\n"),
+            r"Failed to connect to Ray cluster at h:1 \(.*InvalidAuthToken: Authentication token is missing or incor"
+            r"rect\): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what 'ray get-auth-token' prints",
+        ),
+        (AuthenticationError(TOKEN), None, "InvalidAuthToken.*: set RAY_AUTH_MODE=token"),
+        (ConnectionError("ray client connection timeout"), None, "timeout: if it asks for a token, set RAY_AUTH_MODE="),
+        (ConnectionError("another protocol"), None, "another protocol$"),
+    ],
+)
+def test_a_cluster_that_answers_and_refuses_is_told_apart_and_in_rays_words(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    cause: Exception | None,
+    words: str,
+) -> None:
+    def init(*arguments: Any, **options: Any) -> None:
+        os.write(2, b"gcs_client.cc:210: Failed to get cluster ID\n")
+        raise error from cause
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=f"the Ray cluster at local cannot be used: .*{words}") as caught:
+        rays.check(replace(CONFIG, address="local"))
+    assert "\n" not in str(caught.value)
+    print("heard", file=sys.stderr)
+    assert capfd.readouterr().err == "heard\n"
 
 
 def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

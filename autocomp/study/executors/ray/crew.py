@@ -76,8 +76,8 @@ class RayCrew:
 
 
 def trainer(config: SearchConfig) -> Trainer:
-    """Ray Tune on the cluster. Raises: ConfigError as `check`."""
-    check(config)
+    """Ray Tune on the cluster. Raises: ConfigError, RunError as `check`."""
+    check(config, trains=True)
     from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
 
     return finetune_on_ray
