@@ -123,6 +123,8 @@ class SearchConfig:
             _at_least(0, name, getattr(self, name))
         if not 0 <= self.gpus_per_worker < float("inf"):
             raise ConfigError(f"gpus-per-worker must be at least 0, not {self.gpus_per_worker}")
+        if self.gpus_per_worker > 1 and self.gpus_per_worker != int(self.gpus_per_worker):
+            raise ConfigError(f"gpus-per-worker above 1 must be a whole number, not {self.gpus_per_worker:g}")
         for name in ("address", "workers", "target_resource"):
             if self.executor == "local" and getattr(self, name) is not None:
                 raise ConfigError(f"{name.replace('_', '-')} is for a cluster: give --executor ray with it")

@@ -209,6 +209,7 @@ def test_default_folder_is_plain_and_free() -> None:
         ({"workers": 4}, "workers is for a cluster"),
         ({"executor": "ray", "workers": 0}, "workers must be at least 1"),
         ({"executor": "ray", "gpus_per_worker": -0.5}, "gpus-per-worker must be at least 0"),
+        ({"executor": "ray", "gpus_per_worker": 1.5}, "gpus-per-worker above 1 must be a whole number"),
         ({"executor": "ray", "gpus_per_worker": "half"}, "gpus_per_worker in the flags must be a number"),
     ],
 )

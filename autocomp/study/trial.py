@@ -176,6 +176,7 @@ class Trials(Worker):
             ratio = self._keep(key, timed)
         else:
             ratio = known.ratio
+        del skeleton  # a trial may wait long for its score
         limits = self.current()
         violations = limits.violations(ratio, macs, size_bytes)
         reference_ms = limits.latency_ms["p50"]

@@ -19,6 +19,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.exceptions import NodeDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.api import load_result
@@ -230,6 +231,29 @@ def test_a_jobs_folder_must_be_seen_from_other_nodes(
         rays.check(
             replace(CONFIG, executor="ray", workers=1, out="/proc/self/cwd/run")
         )  # each process has another folder there
+
+
+def test_a_folder_that_others_train_into_must_be_seen_from_there(
+    cluster: Cluster, frail: rays.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, executor="ray", workers=1, out="/proc/self/cwd/run")
+    rays.check(config)
+    with pytest.raises(ConfigError, match=r"is not seen by .* storage that every node reaches"):
+        executors.trainer(config)
+    with pytest.raises(ConfigError, match=r"is not seen by .* storage that every node reaches"):
+        rays.check(replace(config, finetune_epochs=1))
+
+
+def test_a_node_that_dies_while_it_is_asked_for_the_folder_is_told_of(
+    cluster: Cluster, frail: rays.Pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(answer: Any) -> Any:
+        raise NodeDiedError("Task failed because the node it was running on is dead")
+
+    monkeypatch.setattr("autocomp.study.executors.ray.connect.ray.get", get)
+    with pytest.raises(RunError, match=rf"the node {platform.node()} went away .* is dead.*: start again"):
+        rays.check(replace(CONFIG, executor="ray", workers=1, finetune_epochs=1, out=str(tmp_path / "run")))
 
 
 def test_a_device_that_goes_away_stops_measuring_but_not_scoring(
@@ -473,7 +497,10 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
     sent, kept = tmp_path / "sent", tmp_path / "kept"
     sent.mkdir()
     (sent / "own.py").write_text("def metric(found, wanted, labels):\n    return 0.25\n")
-    small = {**CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray"}
+    small = {
+        **CONFIG.to_json(), "trials": 1, "baseline_trials": 0, "metric": "own:metric", "executor": "ray",
+        "target_resource": TARGET,
+    }  # fmt: skip
     flags = [
         f"--{name.replace('_', '-')}={','.join(value) if isinstance(value, list) else value}"
         for name, value in small.items()
@@ -483,8 +510,9 @@ def test_a_search_may_be_a_job_with_code_of_its_own(cluster: Cluster, tmp_path: 
     while "No available agent" in said and time.monotonic() < deadline:  # a head that has just started has none yet
         done = subprocess.run(
             [sys.executable, "-m", "ray.scripts.scripts", "job", "submit",
-             f"--address=http://{cluster.head_node.webui_url}", f"--working-dir={sent}", "--", sys.executable, "-m",
-             "autocomp", "search", *flags, f"--out={kept}"],
+             f"--address=http://{cluster.head_node.webui_url}", f"--working-dir={sent}",
+             f'--entrypoint-resources={{"{TARGET}": 0.01}}', "--", sys.executable, "-m", "autocomp", "search",
+             *flags, f"--out={kept}"],
             stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         said = done.stdout + done.stderr

@@ -1,6 +1,7 @@
 """What a user is told who asks for a cluster that cannot serve."""
 
 import importlib
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 
 from autocomp import api
 from autocomp.config import SearchConfig
@@ -21,12 +23,14 @@ from autocomp.study import executors
 from autocomp.study.executors import Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import open_kit, receive, send
+from autocomp.study.executors.ray import room
+from autocomp.study.executors.ray.room import Node
 from autocomp.study.run import Manifest, Run
 from autocomp.study.score import Predictions, Scorer
 from autocomp.study.workbench import package_versions
 from tests.engines.conftest import Case
 
-CONFIG = SearchConfig(executor="ray")
+CONFIG = SearchConfig(executor="ray", finetune_epochs=0)
 
 
 class Elsewhere:
@@ -85,6 +89,43 @@ def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"Version mismatch.*Ray: 1.0.0 Python: 3.6.1") as caught:
         rays.check(replace(CONFIG, address="local"))
     assert "\n" not in str(caught.value)
+
+
+TOKEN = "InvalidAuthToken: Authentication token is missing or incorrect. Ensure that the token is there."
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "words"),
+    [
+        (
+            ConnectionError("Failed to connect to Ray cluster at h:1"),
+            RuntimeError(f"Traceback:\n  File\nray.exceptions.AuthenticationError: {TOKEN}\n"),
+            r"Failed to connect to Ray cluster at h:1 \(.*InvalidAuthToken: Authentication token is missing or incor"
+            r"rect\): set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what 'ray get-auth-token' prints",
+        ),
+        (AuthenticationError(TOKEN), None, "InvalidAuthToken.*: set RAY_AUTH_MODE=token"),
+        (ConnectionError("ray client connection timeout"), None, "timeout: if it asks for a token, set RAY_AUTH_MODE="),
+        (ConnectionError("another protocol"), None, "another protocol$"),
+    ],
+)
+def test_a_cluster_that_answers_and_refuses_is_told_apart_and_in_rays_words(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: Exception,
+    cause: Exception | None,
+    words: str,
+) -> None:
+    def init(*arguments: Any, **options: Any) -> None:
+        os.write(2, b"gcs_client.cc:210: Failed to get cluster ID\n")
+        raise error from cause
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=f"the Ray cluster at local cannot be used: .*{words}") as caught:
+        rays.check(replace(CONFIG, address="local"))
+    assert "\n" not in str(caught.value)
+    print("heard", file=sys.stderr)
+    assert capfd.readouterr().err == "heard\n"
 
 
 def test_a_package_that_only_the_driver_has_is_named(kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +188,76 @@ def test_a_worker_without_the_targets_engine_runs_the_file_under_onnx_runtime(
     assert not worker.backend.measures
 
 
-@pytest.mark.parametrize(("share", "fitting"), [(0.0, 8), (0.5, 4), (2.0, 1)])
-def test_as_many_workers_start_as_fit(monkeypatch: pytest.MonkeyPatch, share: float, fitting: int) -> None:
+def node(host: str, cpu: float, gpu: float, free_cpu: float | None = None, **others: tuple[float, float]) -> Node:
+    """With a part that others hold; other resources by how much there is and how much of it is free."""
+    has = {"CPU": cpu, "GPU": gpu, **{name: pair[0] for name, pair in others.items()}}
+    free = {
+        "CPU": cpu if free_cpu is None else free_cpu,
+        "GPU": gpu,
+        **{name: pair[1] for name, pair in others.items()},
+    }
+    return Node(host, has, free)
+
+
+def cluster(monkeypatch: pytest.MonkeyPatch, *nodes: Node) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 2.0})
+    monkeypatch.setattr(room, "nodes", lambda: list(nodes))
+    monkeypatch.setattr(room, "FREE_S", 0.0)
+
+
+@pytest.mark.parametrize(("share", "fitting"), [(0.0, 8), (0.5, 4), (0.6, 2), (2.0, 1)])
+def test_as_many_workers_start_as_fit(monkeypatch: pytest.MonkeyPatch, share: float, fitting: int) -> None:
+    cluster(monkeypatch, node("a", 8, 2))
     config = replace(CONFIG, gpus_per_worker=share)
     rays.check(config)
-    assert rays.workers_of(config) == fitting
+    assert room.room_for(config) == room.Room(fitting, 0)
     with pytest.raises(ConfigError, match=rf"{9} workers take .* and the cluster has"):
         rays.check(replace(config, workers=9))
+
+
+def test_workers_that_fit_in_sum_but_not_on_the_nodes_are_fewer_and_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, node("a", 4, 1), node("b", 4, 1), node("c", 4, 1, free_cpu=0))
+    config = replace(CONFIG, gpus_per_worker=0.6, workers=4)
+    rays.check(config)
+    found = room.room_for(config)
+    assert (found.workers, found.note) == (
+        2,
+        "2 workers start in place of 4, as no more fit; free are a: CPU 4 of 4, GPU 1 of 1; b: CPU 4 of 4, GPU 1 of 1; "
+        "c: CPU 0 of 4, GPU 1 of 1",
+    )
+
+
+def test_a_worker_that_no_node_can_hold_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, node("a", 4, 1), node("b", 4, 1))
+    words = r"no node can hold a worker, which takes a CPU and 2 GPUs; free are a: CPU 4 of 4, GPU 1 of 1; b: .*smaller"
+    with pytest.raises(ConfigError, match=words):
+        rays.check(replace(CONFIG, gpus_per_worker=2.0, workers=1))
+
+
+@pytest.mark.parametrize(("free", "meters"), [(1.0, 1), (0.99, 1), (0.5, 0)])
+def test_a_device_may_be_held_a_little_by_the_job_that_runs_there(
+    monkeypatch: pytest.MonkeyPatch, free: float, meters: int
+) -> None:
+    cluster(monkeypatch, node("a", 4, 0), node("b", 0, 0, target=(1.0, free)))
+    config = replace(CONFIG, target_resource="target")
+    rays.check(config)
+    if meters:
+        assert room.room_for(config).meters == meters
+    else:
+        with pytest.raises(ConfigError, match=r"no node has 0.9 of the resource 'target'.* target 0.5 of 1: wait"):
+            room.room_for(config)
+
+
+def test_processors_that_others_hold_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch, node("a", 4, 0, free_cpu=0.5))
+    rays.check(CONFIG)
+    with pytest.raises(ConfigError, match=r"no node has room for a worker; free are a: CPU 0.5 of 4, GPU 0 of 0: wait"):
+        room.room_for(CONFIG)
+
+
+def test_room_that_comes_within_seconds_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster(monkeypatch)
+    looks = [[node("a", 4, 0, free_cpu=0)], [node("a", 4, 0, free_cpu=1)], [node("a", 4, 0)]]
+    monkeypatch.setattr(room, "nodes", lambda: looks.pop(0))
+    monkeypatch.setattr(room, "FREE_S", 60.0)
+    assert room.room_for(CONFIG) == room.Room(4, 0) and not looks

@@ -3,66 +3,52 @@
 import logging
 import os
 import socket
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import Any
 
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.services import canonicalize_bootstrap_address
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autocomp.config import SearchConfig
-from autocomp.errors import ConfigError
+from autocomp.errors import ConfigError, RunError
 from autocomp.storage import storage_errors
+from autocomp.study.executors.ray.room import check_room
 from autocomp.study.worker import line_of
 
-__all__ = ["ANSWER_S", "check", "workers_of"]
+__all__ = ["ANSWER_S", "check"]
 
 ANSWER_S = 5.0
 """Longest wait for an address to accept a connection."""
+_TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what 'ray get-auth-token' prints on its head"
 LOOK_S = 30.0
 """Longest wait for the nodes to say whether they see a folder."""
-_HIDDEN = ("node:", "memory", "object_store_memory", "accelerator_type:")
 
 
-def check(config: SearchConfig) -> None:
+def check(config: SearchConfig, trains: bool = False) -> None:
     """Connect, and refuse a cluster that cannot do what is asked. A connection that stands is used.
+
+    Args:
+        trains: on other nodes, whose checkpoints lie in ``out``.
 
     Raises:
         ConfigError: no answer, other versions, too few resources, or ``out`` would be lost with a job, or with the
-            node that the job runs on.
+            node that the job runs on, or is not seen by the nodes that train.
+        RunError: a node has died meanwhile.
     """
     _refuse_passing_folder(config.out)
     if not ray.is_initialized():
         _connect(config.address)
-    if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+    if trains or config.resolved_finetune_epochs() or RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
         _refuse_unshared_folder(config.out)
-    has = ray.cluster_resources()
-    wanted = workers_of(config)
-    for unit, each in (("CPU", 1.0), ("GPU", config.gpus_per_worker)):
-        if each * wanted > has.get(unit, 0.0):
-            raise ConfigError(
-                f"{wanted} workers take {each * wanted:g} {unit}s and the cluster has {has.get(unit, 0.0):g}: "
-                "give fewer --workers, or a smaller --gpus-per-worker"
-            )
-    target = config.target_resource
-    if target is not None and has.get(target, 0.0) < 1:
-        listed = ", ".join(f"{name} {count:g}" for name, count in sorted(has.items()) if not name.startswith(_HIDDEN))
-        raise ConfigError(
-            f"no node of the cluster has the resource {target!r}; it has {listed}: start the target's node with "
-            f"--resources '{{\"{target}\": 1}}'"
-        )
-
-
-def workers_of(config: SearchConfig) -> int:
-    """As many as were asked for, else as fit."""
-    if config.workers is not None:
-        return config.workers
-    has = ray.cluster_resources()
-    fitting = int(has.get("CPU", 0.0))
-    if config.gpus_per_worker:
-        fitting = min(fitting, int(has.get("GPU", 0.0) / config.gpus_per_worker))
-    return max(fitting, 1)
+    check_room(config)
 
 
 def _connect(address: str | None) -> None:
@@ -75,15 +61,43 @@ def _connect(address: str | None) -> None:
         host, _, port = (found or "").removeprefix("ray://").rpartition(":")
         if host and port.isdigit():  # Ray itself waits for minutes
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_S).close()
-        ray.init(address, include_dashboard=None if where != "local" else False, logging_level=logging.ERROR,
-                 log_to_driver=False)  # fmt: skip
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no Ray cluster answers at {where} ({line_of(error)}): start one with 'ray start --head', or give "
             "--address local"
         ) from error
-    except RuntimeError as error:
-        raise ConfigError(f"the Ray cluster at {where} cannot be used: {line_of(error)}") from error
+    try:
+        with _hushed():
+            ray.init(address, include_dashboard=None if where != "local" else False, logging_level=logging.ERROR,
+                     log_to_driver=False)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise ConfigError(f"the Ray cluster at {where} cannot be used: {_said(error)}") from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing is printed: Ray repeats a refusal twenty times before it raises it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _said(error: BaseException) -> str:
+    """What Ray says, with the last line of what it says of the cause, and what to do about a token."""
+    said = line_of(error)
+    lines = str(error.__cause__ or "").strip().splitlines()
+    if lines:
+        said += f" ({lines[-1].partition('. ')[0]})"
+    if "token" in said.lower():
+        return f"{said}: {_TOKEN}"
+    return f"{said}: if it asks for a token, {_TOKEN}" if "client connection timeout" in said else said
 
 
 def _refuse_passing_folder(out: str | None) -> None:
@@ -100,9 +114,9 @@ def _refuse_unshared_folder(out: str | None) -> None:
     """Raises: ConfigError if another node of the cluster does not see the folder that the run would lie in."""
     folder = Path(os.path.abspath(out or "runs"))
     here = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-    own = ray.get_runtime_context().get_node_id()
     others = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    others.pop(own, None)
+    if not ray.util.client.ray.is_connected():  # whose own node is this process's
+        others.pop(ray.get_runtime_context().get_node_id(), None)
     with storage_errors(folder), NamedTemporaryFile(dir=here, prefix=".autocomp-") as mark:
         looks = ray.remote(num_cpus=0)(os.path.exists)
         asked = {
@@ -110,9 +124,20 @@ def _refuse_unshared_folder(out: str | None) -> None:
             for node in others
         }
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S) if asked else ([], [])
-        blind = sorted({others[asked[ref]] for ref in answered if not ray.get(ref)})
+        blind = sorted({others[asked[ref]] for ref in answered if not _seen(ref, others[asked[ref]], folder)})
     if blind:
         raise ConfigError(
             f"{folder} is not seen by {', '.join(blind)}: give --out a folder on storage that every node reaches, so "
-            "that the run outlives this one"
+            "that the run outlives this one and can keep what is trained there (or train nothing: --finetune-epochs 0)"
         )
+
+
+def _seen(answer: Any, host: str, folder: Path) -> bool:
+    """Raises: RunError if the node has died."""
+    try:
+        return bool(ray.get(answer))
+    except RayError as error:
+        raise RunError(
+            f"the node {host} went away while it was asked whether it sees {folder} ({line_of(error)}): start again, "
+            "with that node or without it"
+        ) from error

@@ -2,30 +2,33 @@
 
 import platform
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from time import monotonic
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from autocomp.config import SearchConfig
-from autocomp.outcome import Fleet, Note, Stage
+from autocomp.outcome import Fleet, Stage
 from autocomp.policy import Policy
 from autocomp.results import TrialResult
-from autocomp.study.executors.kit import Kit, send
-from autocomp.study.executors.ray.connect import check, workers_of
-from autocomp.study.executors.ray.pool import Member, Pool, Station, reason_of
+from autocomp.study.executors.ray.pool import Member, Pool, reason_of
 from autocomp.study.tasks import Answer, Task, TimeTask
 from autocomp.study.trial import Steps, Trials
-from autocomp.train import Trainer
 
-__all__ = ["ATTEMPTS", "RayCrew", "RayExecutor", "trainer"]
+__all__ = ["ATTEMPTS", "RayExecutor"]
 
 ATTEMPTS = 3
 """Workers that a trial may lose before it has failed."""
+AHEAD = 2
+"""Files that wait to be timed in this process: the one that is next, and one that shows that timing will go on."""
+WAIT_S = 1.0
+"""Longest wait for an answer while there is nothing else to do."""
+
+
+_Trial = tuple[int, str, Policy]
+"""Number, role and policy."""
 
 
 @dataclass(eq=False)
@@ -52,23 +55,23 @@ class RayExecutor:
     def __init__(self, trials: Trials, workers: Pool, meters: Pool | None) -> None:
         self._trials, self._workers, self._meters = trials, workers, meters
         self._queues: dict[bool, deque[_Flight]] = {True: deque(), False: deque()}  # by whether it is to be timed
-        self._same: dict[str, list[_Flight]] = {}  # structure under way -> who waits for its time
+        self._same: dict[str, list[_Trial]] = {}  # structure under way -> who waits for its time
         self._sent: dict[Any, tuple[_Flight, Pool, Member]] = {}
         self._retried = 0
         self._begun, self._timed_s = monotonic(), 0.0
 
-    def run(self, wave: Sequence[tuple[int, str, Policy]]) -> Iterator[Sequence[TrialResult]]:
+    def run(self, wave: Sequence[_Trial]) -> Iterator[Sequence[TrialResult]]:
         left = deque(wave)
         try:
             while left or self._sent or any(self._queues.values()):
-                while left and self._under_way < 2 * self._workers.size:
+                while left and self._has_room():
                     yield list(self._begin(*left.popleft()))
-                for result in self._time_here():
-                    yield [result]
+                yield list(self._time_one())
                 self._send()
+                more_to_do = bool(left and self._has_room()) or self._may_time_here()
                 came: list[TrialResult] = []
                 try:
-                    for flight, answer in self._answers():
+                    for flight, answer in self._answers(0.0 if more_to_do else WAIT_S):
                         came += self._advance(flight, answer)
                 finally:
                     yield came  # those before a bug in a worker's answer as well
@@ -81,9 +84,12 @@ class RayExecutor:
             member.busy = False
         self._sent, self._queues, self._same = {}, {True: deque(), False: deque()}, {}
 
-    @property
-    def _under_way(self) -> int:
-        return len(self._sent) + sum(map(len, (*self._queues.values(), *self._same.values())))
+    def _has_room(self) -> bool:
+        """Whether another trial may begin: no more than workers can use, and no more files than devices wait for."""
+        under_way = len(self._sent) + sum(map(len, self._queues.values())) + sum(map(len, self._same.values()))
+        files = AHEAD if self._meters is None else len(self._meters.members)
+        enough = files > 0 and len(self._queues[True]) >= files  # without a device, what needs none goes on
+        return under_way < 2 * self._workers.size and not enough
 
     def _begin(self, number: int, role: str, policy: Policy) -> Iterator[TrialResult]:
         steps = self._trials.steps(number, role, policy)
@@ -93,7 +99,7 @@ class RayExecutor:
             yield end.value
 
     def _advance(self, flight: _Flight, answer: Answer) -> Iterator[TrialResult]:
-        same: list[_Flight] = []
+        same: list[_Trial] = []
         if isinstance(flight.task, TimeTask):
             same = self._same.pop(flight.task.structure)
             self._timed_s += answer.seconds.get("time", 0.0)
@@ -103,24 +109,27 @@ class RayExecutor:
         except StopIteration as end:
             yield end.value
         for other in same:  # from the beginning: now its time is known
-            yield from self._begin(other.number, other.role, other.policy)
+            yield from self._begin(*other)
 
     def _queue(self, flight: _Flight) -> None:
         if isinstance(flight.task, TimeTask):
             if flight.task.structure in self._same:
-                self._same[flight.task.structure].append(flight)
-                return
+                self._same[flight.task.structure].append((flight.number, flight.role, flight.policy))
+                return  # the file is dropped
             self._same[flight.task.structure] = []
         self._push(flight)
 
     def _push(self, flight: _Flight) -> None:
         self._queues[isinstance(flight.task, TimeTask)].append(flight)
 
-    def _time_here(self) -> Iterator[TrialResult]:
-        """Time in this process while no worker of this machine is busy."""
-        queue = self._queues[True]
-        while self._meters is None and queue and self._quiet(platform.node()):
-            flight = queue.popleft()
+    def _may_time_here(self) -> bool:
+        """Whether a timing waits for this process, and no worker of this machine is busy."""
+        return self._meters is None and bool(self._queues[True]) and self._quiet(platform.node())
+
+    def _time_one(self) -> Iterator[TrialResult]:
+        """Time one trial in this process; workers elsewhere are sent what has come of it before the next one."""
+        if self._may_time_here():
+            flight = self._queues[True].popleft()
             self._announce(flight)
             yield from self._advance(flight, self._trials.do(flight.task, lambda stage: None))
 
@@ -143,13 +152,13 @@ class RayExecutor:
         name = f"{_stage_of(flight.task)} {flight.role} {flight.number}"
         self._sent[member.actor.do.options(name=name).remote(flight.task)] = flight, pool, member
 
-    def _answers(self) -> Iterator[tuple[_Flight, Answer]]:
+    def _answers(self, wait_s: float) -> Iterator[tuple[_Flight, Answer]]:
         """What has been done since; members that died are replaced, and their trials wait for another."""
         pools = [pool for pool in (self._workers, self._meters) if pool is not None]
         refs = [*self._sent, *(ref for pool in pools for ref in pool.joining)]
         if not self._sent and not (refs and any(self._queues.values())):
             return
-        ray.wait(refs, timeout=1.0)
+        ray.wait(refs, timeout=wait_s)
         for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
             if ref not in self._sent:
                 next(pool for pool in pools if ref in pool.joining).joined(ref)
@@ -200,72 +209,5 @@ class RayExecutor:
         return any(member.busy for member in here) or bool(here and self._queues[True])
 
 
-class RayCrew:
-    """The actors that the searches of one workbench share; they start at once and learn later what for.
-
-    Args:
-        config: with ``address``, ``workers``, ``gpus_per_worker`` and ``target_resource``.
-    """
-
-    def __init__(self, config: SearchConfig) -> None:
-        check(config)
-        self._config = config
-        self.workers = Pool(
-            partial(_station, num_cpus=1, num_gpus=config.gpus_per_worker), workers_of(config), "worker"
-        )
-        self.meters = None
-        if config.target_resource is not None:
-            count = int(ray.cluster_resources()[config.target_resource])
-            self.meters = Pool(partial(_station, num_cpus=0, resources={config.target_resource: 1}), count, "meter")
-
-    def equip(self, kit: Kit, device: Mapping[str, Any]) -> None:
-        """The kit goes through the object store once."""
-        self._equipment = ray.put(send(kit, ray.cloudpickle.dumps)), device
-        self._gather()
-
-    def executor(self, trials: Trials) -> RayExecutor:
-        self._gather()
-        engine = trials.device.engine
-        others = [member.engine for member in self.workers.members if member.engine != engine]
-        if others:
-            trials.observer(
-                Note(
-                    f"{len(others)} of {len(self.workers.members)} workers lack {engine} and score the same files "
-                    f"under {', '.join(sorted(set(others)))}; finalists are scored again on the target"
-                )
-            )
-        return RayExecutor(trials, self.workers, self.meters)
-
-    def trainer(self) -> Trainer:
-        """Ray Tune, which needs the processors that the workers hold; they start again for the next search."""
-        self.close()
-        return trainer(self._config)
-
-    def _gather(self) -> None:
-        parcel, device = self._equipment
-        self.workers.equip(parcel)
-        if self.meters is not None:
-            self.meters.equip(parcel, device)
-            self.meters.gather()
-        self.workers.gather()
-
-    def close(self) -> None:
-        for pool in (self.workers, self.meters):
-            if pool is not None:
-                pool.close()
-
-
-def trainer(config: SearchConfig) -> Trainer:
-    """Ray Tune on the cluster. Raises: ConfigError as `check`."""
-    check(config)
-    from autocomp.study.executors.ray.tuning import finetune_on_ray  # pandas and pyarrow, which trials do without
-
-    return finetune_on_ray
-
-
 def _stage_of(task: Task) -> str:
     return "time" if isinstance(task, TimeTask) else "score"
-
-
-def _station(name: str, **options: Any) -> Any:
-    return ray.remote(Station).options(name=name, **options).remote()
