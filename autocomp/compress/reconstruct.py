@@ -1,6 +1,6 @@
 """How layers make up for inputs they lose."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from autocomp.graph import Layer
 __all__ = ["by_feature", "cross_moments", "features_of", "least_squares", "reconstruct"]
 
 LARGE = 1024  # features from which single precision does
+AT_ONCE = 2**20  # numbers of a weight whose outputs are solved together: more would leave the caches
+MANY = 2**24  # numbers of a weight from which single precision does: VGG's first linear layer has 100 million
 MOST_GAIN = 2.0  # outputs that the remaining inputs hardly determine would otherwise be mostly noise
 
 
@@ -28,7 +30,7 @@ def cross_moments(weight: Tensor, moments: Moments) -> Tensor:
         (out, pooled, features); float64, or float32 where there are many features.
     """
     flat = by_feature(weight, moments)
-    dtype = _dtype(len(moments.mean))
+    dtype = _dtype(len(moments.mean), weight)
     return flat.to(dtype) @ moments.gram.to(dtype)
 
 
@@ -94,9 +96,8 @@ def least_squares(
     return solved.weight, solved.bias
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """A solution, and what the original outputs and its own vary by, (out,), float64."""
+class _Solved(NamedTuple):
+    """A solution, and what the original outputs and its own vary by, (out,), float64; 0 where moments are pooled."""
 
     weight: Tensor
     bias: Tensor
@@ -113,25 +114,33 @@ def _solve(
     ridge: float,
     cross: Tensor | None,
 ) -> _Solved:
-    out, pooled = weight.shape[0], moments.pooled
     cross = cross_moments(weight, moments) if cross is None else cross
     stay = features_of(weight.shape[1], kept, moments)
-    dtype = _dtype(len(stay))
-    flat, mean = by_feature(weight, moments), moments.mean.to(dtype)
-    before, target = flat[..., stay].to(dtype), cross[..., stay].to(dtype)
+    dtype = _dtype(len(stay), weight)
     factor, added = damped(moments.gram[stay][:, stay].to(dtype), ridge)
-    right = (target + added * before).reshape(out * pooled, -1)
-    after = torch.cholesky_solve(right.T, factor).T.reshape(out, pooled, -1)
-    shift = (flat.to(dtype) @ mean - after @ mean[stay]).sum(1)
-    if not bool(torch.isfinite(after).all() & torch.isfinite(shift).all()):
+    mean = moments.mean.to(dtype)
+
+    def rows(weight: Tensor, bias: Tensor, cross: Tensor) -> _Solved:
+        flat = by_feature(weight, moments)
+        before, target = flat[..., stay].to(dtype), cross[..., stay].to(dtype)
+        right = (target + added * before).reshape(-1, len(stay))
+        after = torch.cholesky_solve(right.T, factor).T.reshape(before.shape)
+        shift = (flat.to(dtype) @ mean - after @ mean[stay]).sum(1)
+        wanted = given = torch.zeros(len(weight), dtype=torch.float64)
+        if moments.pooled == 1:
+            wanted = (flat * cross).sum((1, 2), dtype=torch.float64)
+            given = (after * (target + added * (before - after))).sum((1, 2), dtype=torch.float64)
+        solved = after.transpose(1, 2).reshape(len(weight), len(kept), *weight.shape[2:]).float()
+        return _Solved(solved, (bias.to(dtype) + shift).float(), wanted, given)
+
+    several = (torch.split(tensor, max(1, AT_ONCE // weight[0].numel())) for tensor in (weight, bias, cross))
+    parts = [rows(*given) for given in zip(*several, strict=True)]
+    solved = parts[0] if len(parts) == 1 else _Solved(*map(torch.cat, zip(*parts, strict=True)))
+    if not bool(torch.isfinite(solved.weight).all() & torch.isfinite(solved.bias).all()):
         raise CompressError(
             f"reconstructing {layer.name} gave NaN: raise the recipe's ridge or check the calibration data"
         )
-    shape = (out, len(kept), *weight.shape[2:])
-    wanted = (flat * cross).sum((1, 2), dtype=torch.float64)
-    given = (after * (target + added * (before - after))).sum((1, 2), dtype=torch.float64)
-    solved = after.transpose(1, 2).reshape(shape).float()
-    return _Solved(solved, (bias.to(dtype) + shift).float(), wanted, given)
+    return solved
 
 
 def by_feature(weight: Tensor, moments: Moments) -> Tensor:
@@ -139,9 +148,9 @@ def by_feature(weight: Tensor, moments: Moments) -> Tensor:
     return weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2)
 
 
-def _dtype(features: int) -> torch.dtype:
+def _dtype(features: int, weight: Tensor) -> torch.dtype:
     """What so many unknowns are solved in: double precision takes twice the time, which large layers feel."""
-    return torch.float64 if features <= LARGE else torch.float32
+    return torch.float64 if features <= LARGE and weight.numel() <= MANY else torch.float32
 
 
 def features_of(positions: int, kept: NDArray[np.int64], moments: Moments) -> Tensor:
