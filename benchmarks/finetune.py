@@ -183,10 +183,7 @@ def default(job: Job) -> None:
 PARTS: Mapping[str, tuple[Callable[[Job], None], TrainingRecipe]] = {
     "latency20": (partial(at_latency, 20, "0.5x"), TrainingRecipe(epochs=10)),
     "latency56": (partial(at_latency, 56, "0.4x"), TrainingRecipe(epochs=4)),
-    "macs20": (
-        at_macs,
-        TrainingRecipe(10, 0.001, 64, "adamw", weight_decay=0.01),
-    ),  # much is lost there
+    "macs20": (at_macs, TrainingRecipe(10, 0.001, 64, "adamw", weight_decay=0.01)),  # much is lost there
     "epoch": (epoch, TrainingRecipe(epochs=1)),
     "default": (default, TrainingRecipe()),
 }

@@ -1,6 +1,5 @@
 """A graph that is being written from an exported one, and what is known of its values meanwhile."""
 
-import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autocomp.compress.naming import attribute_of
 from autocomp.compress.surgery import frozen
 from autocomp.errors import ModelError
 from autocomp.rows import Inputs, part, starts
@@ -63,7 +63,7 @@ class Draft:
 
     def read(self, node: fx.Node) -> None:
         """Take in a tensor of the source."""
-        value = _attribute(self.source, str(node.target))
+        value = attribute_of(self.source, str(node.target))
         if not isinstance(value, Tensor):
             raise ModelError(f"the model has control flow in its graph ({node.target}): write it without torch.cond")
         own = str(node.target) in self.own
@@ -73,13 +73,13 @@ class Draft:
 
     def uses(self, node: fx.Node) -> int:
         """How many operators of the source read a tensor, by this name or another."""
-        return self._uses[_attribute(self.source, str(node.target)).data_ptr()]
+        return self._uses[attribute_of(self.source, str(node.target)).data_ptr()]
 
     @cached_property
     def _uses(self) -> Counter[int]:
         found: Counter[int] = Counter()
         for node in self.source.graph.nodes:
-            if node.op == "get_attr" and isinstance(value := _attribute(self.source, str(node.target)), Tensor):
+            if node.op == "get_attr" and isinstance(value := attribute_of(self.source, str(node.target)), Tensor):
                 found[value.data_ptr()] += len(node.users)
         return found
 
@@ -118,10 +118,6 @@ class Draft:
         if "val" in node.meta:
             new.meta["val"] = node.meta["val"]
         return new
-
-
-def _attribute(module: fx.GraphModule, path: str) -> Any:
-    return operator.attrgetter(path)(module)
 
 
 def owner_of(parameter: str, kind: str) -> str:

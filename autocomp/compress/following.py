@@ -162,7 +162,7 @@ class _Follower(Shapes):
         return self._channels.classes(labels.expand(value.shape))
 
     def _known(self, op: str, node: fx.Node, value: Any, operands: list[_Operand]) -> Any:
-        first, mixed = operands[0], f"its channels are mixed by {op}"
+        first, mixed = operands[0], _mixed_by(op)
         if op in _ELEMENTWISE:
             return self._joined(operands, op)
         if op in _MOVING:
@@ -190,9 +190,9 @@ class _Follower(Shapes):
             self._pin(operands[1:], mixed)
             return self._mixed(first.labels, range(-len(argument_of(node, "normalized_shape")), 0), mixed)
         if op in ("matmul", "bmm") and min(len(operand.shape) for operand in operands) > 1 and len(operands) == 2:
-            return self._product(first, operands[1], mixed, op).labels
+            return self._product(first, operands[1], op).labels
         if op == "scaled_dot_product_attention":
-            return self._attention(node, mixed, op)
+            return self._attention(node, op)
         self._pin(operands, f"its channels cannot be followed through {op}")
         return None
 
@@ -328,8 +328,9 @@ class _Follower(Shapes):
                 self._read(str(entry.target), 0, vector)
         return first.labels
 
-    def _product(self, first: _Operand, second: _Operand, reason: str, op: str) -> _Operand:
+    def _product(self, first: _Operand, second: _Operand, op: str) -> _Operand:
         """Labels of a matrix product: what is summed over stands or falls together."""
+        reason = _mixed_by(op)
         left, right = self._contracted(first, -1, reason), self._contracted(second, -2, reason)
         if first.labels is not None and second.labels is not None:
             self._together(first, second)
@@ -349,23 +350,27 @@ class _Follower(Shapes):
             return _Operand(None, tuple(shape))
         return _Operand(self._channels.mix(operand.labels, axis, reason), tuple(shape))
 
-    def _attention(self, node: fx.Node, reason: str, op: str) -> Tensor | None:
+    def _attention(self, node: fx.Node, op: str) -> Tensor | None:
         query, key, value = (self._operand(entry) for entry in node.args[:3])  # type: ignore[arg-type]
         turned = _Operand(
             None if key.labels is None else key.labels.mT, (*key.shape[:-2], key.shape[-1], key.shape[-2])
         )
-        scores = self._product(query, turned, reason, op)
+        scores = self._product(query, turned, op)
         scores = _Operand(scores.labels, (*query.shape[:-1], key.shape[-2]))
         mask = argument_of(node, "attn_mask")
         if isinstance(mask, fx.Node):
             scores = self._pair(scores, self._operand(mask), op)
         if scores.labels is not None:
             scores = _Operand(self._channels.classes(scores.labels.expand(scores.shape)), scores.shape)
-        return self._product(scores, value, reason, op).labels
+        return self._product(scores, value, op).labels
 
     def _fix(self, operand: _Operand, axes: Sequence[int], reason: str) -> None:
         if operand.labels is not None:
             self.followed.fixed.extend((operand.labels, axis % operand.labels.ndim, reason) for axis in axes)
+
+
+def _mixed_by(op: str) -> str:
+    return f"its channels are mixed by {op}"
 
 
 def _aligned(operand: _Operand, rank: int) -> _Operand:

@@ -1,14 +1,22 @@
 """What nodes, operators and failures are called."""
 
-import torch
-from torch import fx
+import operator
+from typing import Any
 
-__all__ = ["op_of", "reason_of", "value_of"]
+import torch
+from torch import fx, nn
+
+__all__ = ["attribute_of", "op_of", "reason_of", "value_of"]
 
 
 def value_of(node: fx.Node) -> str:
     """The name of a node's value, as in the `LayerGraph` (fx itself cannot call a node ``input``)."""
     return "input" if node.op == "placeholder" else node.name
+
+
+def attribute_of(module: nn.Module, path: str) -> Any:
+    """What a module, or one inside it, has under a dotted name, as a ``get_attr`` node's target gives it."""
+    return operator.attrgetter(path)(module)
 
 
 def op_of(node: fx.Node) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from autocomp.compress.channels import cut_axis
 from autocomp.compress.following import Followed
-from autocomp.compress.naming import op_of
+from autocomp.compress.naming import attribute_of, op_of
 
 __all__ = ["Pieces", "free_sizes", "pieces_of"]
 
@@ -93,7 +93,7 @@ def free_sizes(module: fx.GraphModule, followed: Followed, pieces: Sequence[Piec
             graph.output(fx.map_arg(node.args[0], env.__getitem__))
             continue
         if node.op == "get_attr":
-            root[str(node.target)] = _attribute(module, str(node.target))
+            root[str(node.target)] = attribute_of(module, str(node.target))
         entry = by_node.get(node)
         if entry is None:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -145,9 +145,3 @@ def _product_of(new: fx.Node, shape: Sequence[int], before: int, size: int) -> A
                 own = new.graph.call_function(torch.ops.aten.sym_size.int, (source, axis))
                 result = own if result is None else new.graph.call_function(operator.mul, (result, own))
     return size if result is None else result
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    value: Tensor = operator.attrgetter(last)(module.get_submodule(path))
-    return value

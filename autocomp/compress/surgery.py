@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from autocomp.compress.naming import value_of
+from autocomp.compress.naming import attribute_of, value_of
 from autocomp.graph import Branch, Group, LayerGraph
 
 __all__ = [
@@ -53,7 +53,7 @@ def slice_tensors(
 def tensors_of(module: fx.GraphModule) -> dict[str, Tensor]:
     """Every tensor the graph reads, by name, detached."""
     names = dict.fromkeys(str(node.target) for node in module.graph.nodes if node.op == "get_attr")
-    return {name: _attribute(module, name).detach() for name in names}
+    return {name: attribute_of(module, name).detach() for name in names}
 
 
 def shared_parameters(module: fx.GraphModule) -> frozenset[str]:
@@ -129,10 +129,3 @@ def run(module: nn.Module, images: Tensor, batch: int = 128) -> Tensor:
     """Logits (n, classes) of images (n, ...), computed in batches without gradients."""
     with torch.no_grad():
         return torch.cat([module(part) for part in batches(images, batch)])
-
-
-def _attribute(module: nn.Module, name: str) -> Tensor:
-    path, _, last = name.rpartition(".")
-    value = getattr(module.get_submodule(path), last)
-    assert isinstance(value, Tensor)
-    return value

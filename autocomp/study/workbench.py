@@ -291,8 +291,8 @@ def _emitter(parts: _Parts, backend: Backend) -> tuple[Emitter, bytes, Sequence[
         reference = editing.emit(editing.compress(Policy()))
         with backend.build(reference) as engine:
             error = _parity(engine, traced, images[:32])
-        with_shapes(editing.skeleton(_narrow(traced.graph)), 1)
         if error <= PARITY:
+            with_shapes(editing.skeleton(_narrow(traced.graph)), 1)  # raises where an edit does not fit
             return editing, reference, ()
         reason = f"its outputs differ from torch's by {error:.1e}"
     except EngineError as refused:

@@ -1,6 +1,5 @@
 """A model as kernels: equal ones are the same operators to an engine, and take the same time."""
 
-import random
 from collections import Counter
 from pathlib import Path
 
@@ -14,20 +13,13 @@ from autocomp.engines.template import parse
 from autocomp.errors import InputError
 from autocomp.hardware import ENTRY, Kernel, kernels_of, owners
 from autocomp.policy import FP32, INT8, Policy
-from autocomp.space import Decision, PolicySpace, SearchSpace
+from autocomp.space import PolicySpace, SearchSpace
+from tests.draws import Uniform
 from tests.engines.conftest import Case, case
 from tests.engines.nets import resnet
 from tests.graphs import concat_net, residual_net
 
 BATCH = 2
-
-
-class Uniform:
-    def __init__(self, seed: int) -> None:
-        self._generator = random.Random(seed)
-
-    def choose(self, decision: Decision) -> int:
-        return self._generator.randrange(len(decision.options))
 
 
 @pytest.fixture(scope="module")

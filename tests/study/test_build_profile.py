@@ -1,6 +1,5 @@
 """Profile builds on the simulated engine, whose times are exact; once on the real one."""
 
-import random
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -17,7 +16,6 @@ from autocomp.errors import ConfigError, DataError, ModelError, SpaceError
 from autocomp.hardware import EngineTime, HardwareProfile, Predictor, kernels_of
 from autocomp.outcome import Event, Note
 from autocomp.policy import Policy
-from autocomp.space import Decision
 from autocomp.study import guidance, profiling
 from autocomp.study.build_profile import Built, Job, Progress, build_profile, jobs_like, jobs_of
 from autocomp.study.guidance import known_profile, obtain_profile
@@ -25,6 +23,7 @@ from autocomp.study.profiles import check_profile, find_profile, predict_policy,
 from autocomp.study.profiling import _timed
 from autocomp.study.steady import WAITS_S
 from autocomp.study.workbench import EditEmitter, Workbench, backend_spec, prepare
+from tests.draws import Uniform
 
 CONFIG = SearchConfig(
     model="zoo:resnet8", data="random:3x16x16x10", engine="simulated", calibration_images=8, search_images=8,
@@ -62,14 +61,6 @@ def build(
     observer: Callable[[Event], None] = ignore,
 ) -> Built:
     return build_profile(jobs or jobs_of(CONFIG, (2,)), seconds, root, observer, progress, Ticks())
-
-
-class Uniform:
-    def __init__(self, seed: int) -> None:
-        self._generator = random.Random(seed)
-
-    def choose(self, decision: Decision) -> int:
-        return self._generator.randrange(len(decision.options))
 
 
 def engine_ms(bench: Workbench, policy: Policy) -> float:

@@ -1,7 +1,5 @@
 """Factors of layers that read many groups, and of weights, against whole policies."""
 
-import random
-
 import numpy as np
 import pytest
 
@@ -10,20 +8,13 @@ from autocomp.controllers import Problem, solve
 from autocomp.graph import Group, Layer, LayerGraph, Member, Node
 from autocomp.hardware import kernels_of
 from autocomp.policy import FP32, INT8, Policy
-from autocomp.space import Decision, SearchSpace
+from autocomp.space import SearchSpace
 from autocomp.study.factors import layer_terms, shape_terms
 from autocomp.study.knowledge import Terms, terms_of
+from tests.draws import Uniform
 from tests.graphs import concat_net, conv, each, parameters_of, residual_net
 
 WIDTH = 16
-
-
-class Uniform:
-    def __init__(self, seed: int) -> None:
-        self._generator = random.Random(seed)
-
-    def choose(self, decision: Decision) -> int:
-        return self._generator.randrange(len(decision.options))
 
 
 def dense_net(depth: int) -> LayerGraph:

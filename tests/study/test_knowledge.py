@@ -1,6 +1,5 @@
 """Factors of a cost against the cost of whole policies."""
 
-import random
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,19 +10,12 @@ from autocomp.controllers import Problem
 from autocomp.graph import LayerGraph
 from autocomp.hardware import Kernel, kernels_of
 from autocomp.policy import FP32, INT8, Policy, digest_of
-from autocomp.space import Decision, PolicySpace, SearchSpace
+from autocomp.space import PolicySpace, SearchSpace
 from autocomp.study.factors import layer_terms
 from autocomp.study.knowledge import losses, terms_of
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
+from tests.draws import Uniform
 from tests.graphs import concat_net, residual_net
-
-
-class Uniform:
-    def __init__(self, seed: int) -> None:
-        self._generator = random.Random(seed)
-
-    def choose(self, decision: Decision) -> int:
-        return self._generator.randrange(len(decision.options))
 
 
 def space_of(graph: LayerGraph) -> PolicySpace:
