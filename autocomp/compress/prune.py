@@ -192,10 +192,10 @@ def _reconstructed(
         layer = graph.layer_by_name[name]
         if name in gone or (layer.weight, 1) not in positions:
             continue
-        weight, bias, cross = original[layer.weight], original[layer.bias], statistics.cross[name]
+        weight, bias, cross = original[layer.weight], original[layer.bias], statistics.cross.get(name)
         if (layer.weight, 0) in positions:
             rows = torch.from_numpy(positions[layer.weight, 0])
-            weight, bias, cross = weight[rows], bias[rows], cross[rows]
+            weight, bias, cross = weight[rows], bias[rows], None if cross is None else cross[rows]
         kept = positions[layer.weight, 1]
         result[layer.weight], result[layer.bias] = reconstruct(layer, weight, bias, kept, moments, recipe.ridge, cross)
     return result

@@ -16,7 +16,6 @@ __all__ = ["by_feature", "cross_moments", "features_of", "least_squares", "recon
 
 LARGE = 1024  # features from which single precision does
 AT_ONCE = 2**20  # numbers of a weight whose outputs are solved together: more would leave the caches
-MANY = 2**24  # numbers of a weight from which single precision does: VGG's first linear layer has 100 million
 MOST_GAIN = 2.0  # outputs that the remaining inputs hardly determine would otherwise be mostly noise
 
 
@@ -25,13 +24,13 @@ def cross_moments(weight: Tensor, moments: Moments) -> Tensor:
 
     Args:
         weight: (out, in, *kernel) of the unpruned layer.
+        moments: not pooled.
 
     Returns:
-        (out, pooled, features); float64, or float32 where there are many features.
+        (out, features); float64, or float32 where there are many features.
     """
-    flat = by_feature(weight, moments)
-    dtype = _dtype(len(moments.mean), weight)
-    return flat.to(dtype) @ moments.gram.to(dtype)
+    dtype = _dtype(len(moments.mean))
+    return weight.flatten(1).to(dtype) @ moments.gram.to(dtype)
 
 
 def reconstruct(
@@ -53,7 +52,7 @@ def reconstruct(
     Args, raises: see `least_squares`.
     """
     solved = _solve(layer, weight, bias, kept, moments, ridge, cross)
-    if moments.pooled > 1:
+    if solved.wanted is None or solved.given is None:
         return solved.weight, solved.bias
     gain = (solved.wanted / solved.given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
     stay = features_of(weight.shape[1], kept, moments)
@@ -97,12 +96,12 @@ def least_squares(
 
 
 class _Solved(NamedTuple):
-    """A solution, and what the original outputs and its own vary by, (out,), float64; 0 where moments are pooled."""
+    """A solution, and what the original outputs and its own vary by, (out,), float64; None where moments are pooled."""
 
     weight: Tensor
     bias: Tensor
-    wanted: Tensor
-    given: Tensor
+    wanted: Tensor | None = None
+    given: Tensor | None = None
 
 
 def _solve(
@@ -114,28 +113,21 @@ def _solve(
     ridge: float,
     cross: Tensor | None,
 ) -> _Solved:
-    cross = cross_moments(weight, moments) if cross is None else cross
     stay = features_of(weight.shape[1], kept, moments)
-    dtype = _dtype(len(stay), weight)
+    dtype = _dtype(len(stay))
     factor, added = damped(moments.gram[stay][:, stay].to(dtype), ridge)
-    mean = moments.mean.to(dtype)
-
-    def rows(weight: Tensor, bias: Tensor, cross: Tensor) -> _Solved:
-        flat = by_feature(weight, moments)
-        before, target = flat[..., stay].to(dtype), cross[..., stay].to(dtype)
-        right = (target + added * before).reshape(-1, len(stay))
-        after = torch.cholesky_solve(right.T, factor).T.reshape(before.shape)
-        shift = (flat.to(dtype) @ mean - after @ mean[stay]).sum(1)
-        wanted = given = torch.zeros(len(weight), dtype=torch.float64)
-        if moments.pooled == 1:
-            wanted = (flat * cross).sum((1, 2), dtype=torch.float64)
-            given = (after * (target + added * (before - after))).sum((1, 2), dtype=torch.float64)
-        solved = after.transpose(1, 2).reshape(len(weight), len(kept), *weight.shape[2:]).float()
-        return _Solved(solved, (bias.to(dtype) + shift).float(), wanted, given)
-
-    several = (torch.split(tensor, max(1, AT_ONCE // weight[0].numel())) for tensor in (weight, bias, cross))
-    parts = [rows(*given) for given in zip(*several, strict=True)]
-    solved = parts[0] if len(parts) == 1 else _Solved(*map(torch.cat, zip(*parts, strict=True)))
+    size = max(1, AT_ONCE // weight[0].numel())
+    outputs = [*zip(torch.split(weight, size), torch.split(bias, size), strict=True)]
+    parts: list[tuple[Tensor, ...]]
+    if moments.pooled > 1:
+        gone = torch.ones(len(moments.mean), dtype=torch.bool).index_fill(0, stay, False).nonzero().flatten()
+        predictor = torch.cholesky_solve(moments.gram[stay][:, gone].to(dtype), factor)
+        parts = [_folded(*given, stay, gone, moments, predictor) for given in outputs]
+    else:
+        crosses = torch.split(cross_moments(weight, moments) if cross is None else cross, size)
+        known = zip(outputs, crosses, strict=True)
+        parts = [_rows(*given, part, stay, moments, factor, added) for given, part in known]
+    solved = _Solved(*(parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))))
     if not bool(torch.isfinite(solved.weight).all() & torch.isfinite(solved.bias).all()):
         raise CompressError(
             f"reconstructing {layer.name} gave NaN: raise the recipe's ridge or check the calibration data"
@@ -143,14 +135,49 @@ def _solve(
     return solved
 
 
+def _rows(
+    weight: Tensor, bias: Tensor, cross: Tensor, stay: Tensor, moments: Moments, factor: Tensor, added: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Some outputs' weight and bias, and what they varied and vary by.
+
+    Args:
+        factor, added: of the second moments of the features that ``stay``, in the precision of the solve.
+    """
+    mean, flat = moments.mean.to(factor.dtype), weight.flatten(1)
+    before, target = flat[:, stay].to(factor.dtype), cross[:, stay].to(factor.dtype)
+    after = torch.cholesky_solve((target + added * before).T, factor).T
+    shift = flat.to(factor.dtype) @ mean - after @ mean[stay]
+    wanted = (flat * cross).sum(1, dtype=torch.float64)
+    given = (after * (target + added * (before - after))).sum(1, dtype=torch.float64)
+    solved = after.reshape(len(weight), -1, *weight.shape[2:]).float()
+    return solved, (bias.to(factor.dtype) + shift).float(), wanted, given
+
+
+def _folded(
+    weight: Tensor, bias: Tensor, stay: Tensor, gone: Tensor, moments: Moments, predictor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Some outputs' weight and bias where one prediction serves every kernel position: it has far fewer numbers than
+    the weight, so that it is solved for first and folded in by a product.
+
+    Args:
+        predictor: (stay, gone), of the removed features from those that ``stay``.
+    """
+    mean, flat = moments.mean.to(predictor.dtype), weight.reshape(len(weight), -1, moments.pooled)
+    lost = flat[:, gone].transpose(1, 2)
+    solved = flat[:, stay] + (lost @ predictor.T.to(weight.dtype)).transpose(1, 2)
+    shift = lost.sum(1, dtype=predictor.dtype) @ (mean[gone] - predictor.T @ mean[stay])
+    shape = len(weight), -1, *weight.shape[2:]
+    return solved.reshape(shape), (bias.to(predictor.dtype) + shift).float()
+
+
 def by_feature(weight: Tensor, moments: Moments) -> Tensor:
     """A weight as (out, pooled, features)."""
     return weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2)
 
 
-def _dtype(features: int, weight: Tensor) -> torch.dtype:
+def _dtype(features: int) -> torch.dtype:
     """What so many unknowns are solved in: double precision takes twice the time, which large layers feel."""
-    return torch.float64 if features <= LARGE and weight.numel() <= MANY else torch.float32
+    return torch.float64 if features <= LARGE else torch.float32
 
 
 def features_of(positions: int, kept: NDArray[np.int64], moments: Moments) -> Tensor:

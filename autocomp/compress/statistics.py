@@ -33,7 +33,7 @@ class Statistics:
 
     Attributes:
         moments: layer that reads a prunable group -> moments of its inputs.
-        cross: such a layer -> `cross_moments` of its weight.
+        cross: such a layer -> `cross_moments` of its weight; none where moments are pooled.
         orders: group -> its channels by the recipe's importance, the most dispensable first.
         ranges: value -> its bounds, by the recipe's method.
         means: value -> mean of each channel, (channels,); only where the model has branches that can be dropped.
@@ -97,7 +97,11 @@ def collect(traced: Traced, images: Tensor, recipe: Recipe) -> Statistics:
     bounds = ranges.bounds(graph)
     moments = {graph.layer_by_node[node].name: sums.pop(node).moments() for node in list(sums)}  # freed one by one
     tensors = tensors_of(traced.module)
-    cross = {name: cross_moments(tensors[graph.layer_by_name[name].weight], found) for name, found in moments.items()}
+    cross = {
+        name: cross_moments(tensors[graph.layer_by_name[name].weight], found)
+        for name, found in moments.items()
+        if found.pooled == 1
+    }
     evidence = Evidence(traced, tensors, moments, images, recipe.ridge, recipe.seed)
     orders = order_channels(evidence, recipe.importance)
     return Statistics(moments, cross, orders, bounds, totals, logits, kept_outputs(traced, images))
