@@ -40,7 +40,7 @@ def finetune(
     run: Annotated[Path, typer.Argument(help="run folder")],
     epochs: Epochs = None,
     lr: Rate = None,
-    optimizer: Annotated[Text, typer.Option(help="sgd or adamw [sgd]")] = None,
+    optimizer: Annotated[Text, typer.Option(help="sgd, adamw or muon [sgd]")] = None,
     schedule: Annotated[Text, typer.Option(help="cosine or one_cycle [cosine]")] = None,
     batch: Annotated[int | None, typer.Option(help="images a step [128]")] = None,
     warmup: Annotated[float | None, typer.Option(help="part of all steps in which the rate rises [0.05]")] = None,

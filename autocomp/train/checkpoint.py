@@ -2,7 +2,7 @@
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class State:
         key: of all that training depends on; a state of another key is of no use.
         step: steps done.
         weights, average: parameter -> tensor.
-        optimizer: its own state.
+        optimizers: their own states.
         scaler: of the loss, where it is scaled.
         losses: mean of each finished epoch, and sum and steps of the one under way.
     """
@@ -33,7 +33,7 @@ class State:
     step: int
     weights: Mapping[str, Tensor]
     average: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
+    optimizers: Sequence[Mapping[str, Any]]
     losses: tuple[tuple[float, ...], float, int]
     scaler: Mapping[str, Any] = field(default_factory=dict)
 

@@ -1,7 +1,7 @@
 """The loop: a compressed model trained on the labels and on what the uncompressed one says."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from math import ceil, isfinite
 
@@ -18,6 +18,7 @@ from autocomp.policy import digest_of
 from autocomp.train.augment import Batch, augmented, mixed, randomised
 from autocomp.train.checkpoint import State, load, save
 from autocomp.train.objective import objective
+from autocomp.train.optimizers import optimizers
 from autocomp.train.recipe import TrainingRecipe
 from autocomp.train.sparse import filters_of, soften
 from autocomp.train.training import Training, Tuned
@@ -52,7 +53,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
     device = device_of(recipe)
     student = _trainable(training.module).to(device)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
-    optimizer = _optimizer(weights, recipe)
+    steppers = optimizers(weights, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
     average = {name: weight.detach().clone() for name, weight in weights.items()}
     per_epoch = ceil(len(images) / recipe.batch)
@@ -66,20 +67,23 @@ def finetune(training: Training, observer: Observer) -> Tuned:
             for name, weight in weights.items():
                 weight.copy_(state.weights[name])
         average = {name: tensor.to(device, copy=True) for name, tensor in state.average.items()}
-        optimizer.load_state_dict(dict(state.optimizer))
+        for stepper, known in zip(steppers, state.optimizers, strict=True):
+            stepper.load_state_dict(dict(known))
         scaler.load_state_dict(dict(state.scaler))
         done, losses, sum_, count = state.step, list(state.losses[0]), *state.losses[1:]
     observer(Phase("finetune", end - done))
     filters = [name for name in filters_of(student) if name in weights]
     loss_of = objective(student, training.teacher, images, recipe)
     for step, batch in enumerate(_batches(images, recipe, done, end), done):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.lr_at(step, steps)
+        for stepper in steppers:
+            stepper.zero_grad()
+            for group in stepper.param_groups:
+                group["lr"] = recipe.lr_at(step, steps)
         with torch.autocast(device.type, HALVES.get(recipe.precision), enabled=recipe.precision in HALVES):
             loss = loss_of(batch.to(device))
-        optimizer.zero_grad()
         torch.autograd.backward(scaler.scale(loss))
-        scaler.unscale_(optimizer)
+        for stepper in steppers:
+            scaler.unscale_(stepper)
         norm = float(nn.utils.clip_grad_norm_(weights.values(), recipe.clip))
         if not isfinite(loss.item()) or not (isfinite(norm) or scaler.is_enabled()):  # which skips a step instead
             kept = f"; the last good state is in {checkpoint}" if checkpoint and checkpoint.exists() else ""
@@ -87,7 +91,8 @@ def finetune(training: Training, observer: Observer) -> Tuned:
                 f"training diverged: the loss is {loss.item():g} and its gradient {norm:g} at step {step + 1} of "
                 f"{steps}: try a lower --lr than {recipe.lr:g}{kept}"
             )
-        scaler.step(optimizer)
+        for stepper in steppers:
+            scaler.step(stepper)
         scaler.update()
         decay = min(recipe.ema, (1 + step) / (10 + step)) if recipe.ema else 0.0
         with torch.no_grad():
@@ -103,8 +108,8 @@ def finetune(training: Training, observer: Observer) -> Tuned:
                 soften([tensors[name] for name in filters], recipe.soft_pruning)
         if checkpoint is not None and (ended or (step + 1) % KEEP_EVERY == 0):
             now = {name: weight.detach() for name, weight in weights.items()}
-            so_far = tuple(losses), sum_, count
-            save(State(key, step + 1, now, average, optimizer.state_dict(), so_far, scaler.state_dict()), checkpoint)
+            so_far, own = (tuple(losses), sum_, count), [stepper.state_dict() for stepper in steppers]
+            save(State(key, step + 1, now, average, own, so_far, scaler.state_dict()), checkpoint)
         if ended:
             observer(EpochDone(len(losses), losses[-1]))
     return Tuned({name: tensor.cpu().numpy() for name, tensor in average.items()}, tuple(losses), recipe)
@@ -122,18 +127,6 @@ def _trainable(module: nn.Module) -> nn.Module:
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] not in STATISTICS)
     return student
-
-
-def _optimizer(weights: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -> torch.optim.Optimizer:
-    """Weights in a group that decays, vectors (biases) in one that does not."""
-    groups = [
-        {"params": [weight for weight in weights.values() if weight.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [weight for weight in weights.values() if weight.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, recipe.lr)
-    return torch.optim.SGD(groups, recipe.lr, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
 
 
 def _batches(images: Indexed, recipe: TrainingRecipe, done: int, end: int) -> Iterator[Batch]:

@@ -10,7 +10,7 @@ from autocomp.policy import digest_of
 
 __all__ = ["TrainingRecipe"]
 
-Optimizer = Literal["sgd", "adamw"]
+Optimizer = Literal["sgd", "adamw", "muon"]
 Schedule = Literal["cosine", "one_cycle"]
 Quantization = Literal["learned", "calibrated"]
 Device = Literal["cpu", "cuda"]
@@ -34,9 +34,9 @@ class TrainingRecipe:
         epochs: over the training images.
         lr: the highest learning rate.
         batch: images a step; the last of an epoch may have fewer.
-        optimizer: ``sgd`` with Nesterov's momentum, or ``adamw``.
-        momentum: of SGD.
-        weight_decay: of weights, not of biases; AdamW's is decoupled.
+        optimizer: ``sgd`` with Nesterov's momentum, ``adamw``, or ``muon`` for matrices with AdamW for the rest.
+        momentum: of SGD and Muon.
+        weight_decay: of weights, not of biases; AdamW's and Muon's are decoupled.
         schedule: ``cosine`` falls from the highest rate to 0; ``one_cycle`` rises in a half cosine during warm-up, then
             falls to 0 in another.
         warmup: fraction of all steps during which the rate rises; linearly before ``cosine``.

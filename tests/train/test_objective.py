@@ -129,8 +129,9 @@ def test_the_average_follows_the_weights() -> None:
     [
         replace(TrainingRecipe(), epochs=12, batch=16, lr=0.1, flip=0.0, crop=0, ema=0.9),
         replace(TrainingRecipe(), epochs=12, batch=16, lr=0.01, flip=0.0, crop=1, optimizer="adamw", ema=0.5),
+        replace(TrainingRecipe(), epochs=12, batch=16, lr=0.03, flip=0.0, crop=1, optimizer="muon", ema=0.5),
     ],
-    ids=["sgd", "adamw"],
+    ids=["sgd", "adamw", "muon"],
 )
 def test_a_student_learns_what_its_teacher_knows(recipe: TrainingRecipe) -> None:
     images = split(96)

@@ -25,7 +25,7 @@ def test_what_changes_images_is_the_same_after_a_stop(change: dict[str, Any], tm
     assert train(recipe, teacher=net(seed=1), checkpoint=tmp_path / "state").losses == expected.losses
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize("after", [4, 7, 10])
 def test_a_stopped_training_ends_with_the_same_bits(
     after: int, optimizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

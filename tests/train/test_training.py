@@ -42,7 +42,7 @@ def test_bad_input_is_refused() -> None:
         ({"randaugment": 31}, "randaugment must be at most 30"),
         ({"precision": "bf16"}, "precision bf16 is for GPUs: give --device cuda"),
         ({"device": "tpu"}, "unknown device 'tpu': use cpu or cuda"),
-        ({"optimizer": "lion"}, "unknown optimizer 'lion': use sgd or adamw"),
+        ({"optimizer": "lion"}, "unknown optimizer 'lion': use sgd or adamw or muon"),
         ({"schedule": "steps"}, "unknown schedule 'steps': use cosine or one_cycle"),
         ({"quantization": "none"}, "unknown quantization 'none': use learned or calibrated"),
     ],
