@@ -93,11 +93,14 @@ def prune(
         original = tensors_of(traced.module)
         kept = select(statistics.orders, policy)
         positions = kept_positions(graph, kept)
-        tensors = slice_tensors(original, positions)
-    folded = FoldedMeans()
+    made, folded = dict[str, Tensor](), FoldedMeans()
     if recipe.reconstruction != "none":
         with clock("reconstruct"):
-            tensors |= _reconstructed(graph, policy, statistics, recipe, original, positions)
+            made = _reconstructed(graph, policy, statistics, recipe, original, positions)
+    with clock("select"):
+        tensors = made | slice_tensors({name: original[name] for name in original.keys() - made.keys()}, positions)
+    if recipe.reconstruction != "none":
+        with clock("reconstruct"):
             folded = fold_means(traced, policy, statistics.means, statistics.ranges, tensors, positions)
             tensors |= folded.biases
     branches = tuple(graph.branch_by_name[name] for name in sorted(policy.dropped))
@@ -193,11 +196,9 @@ def _reconstructed(
         if name in gone or (layer.weight, 1) not in positions:
             continue
         weight, bias, cross = original[layer.weight], original[layer.bias], statistics.cross.get(name)
-        if (layer.weight, 0) in positions:
-            rows = torch.from_numpy(positions[layer.weight, 0])
-            weight, bias, cross = weight[rows], bias[rows], None if cross is None else cross[rows]
-        kept = positions[layer.weight, 1]
-        result[layer.weight], result[layer.bias] = reconstruct(layer, weight, bias, kept, moments, recipe.ridge, cross)
+        kept, rows = positions[layer.weight, 1], positions.get((layer.weight, 0))
+        made = reconstruct(layer, weight, bias, kept, moments, recipe.ridge, cross, rows)
+        result[layer.weight], result[layer.bias] = made
     return result
 
 

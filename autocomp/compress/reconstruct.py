@@ -1,5 +1,6 @@
 """How layers make up for inputs they lose."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,7 @@ def reconstruct(
     moments: Moments,
     ridge: float,
     cross: Tensor | None = None,
+    rows: NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New weight and bias of a layer that loses inputs: `least_squares`, then each output varied as before.
 
@@ -51,7 +53,7 @@ def reconstruct(
 
     Args, raises: see `least_squares`.
     """
-    solved = _solve(layer, weight, bias, kept, moments, ridge, cross)
+    solved = _solve(layer, weight, bias, kept, moments, ridge, cross, rows)
     if solved.wanted is None or solved.given is None:
         return solved.weight, solved.bias
     gain = (solved.wanted / solved.given.clamp_min(torch.finfo(torch.float32).tiny)).sqrt().clamp(1.0, MOST_GAIN)
@@ -69,6 +71,7 @@ def least_squares(
     moments: Moments,
     ridge: float,
     cross: Tensor | None = None,
+    rows: NDArray[np.int64] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """New weight and bias of a layer that loses inputs, so that its output changes least.
 
@@ -84,14 +87,15 @@ def least_squares(
         kept: positions on the weight's axis 1 that stay.
         ridge: fraction of the kept inputs' mean variance added to each of them.
         cross: `cross_moments` of the weight; computed where it is not given.
+        rows: outputs that stay; all of them where it is not given.
 
     Returns:
-        weight of shape (out, kept, *kernel), and bias.
+        weight of shape (rows, kept, *kernel), and bias.
 
     Raises:
         CompressError: the solve gives no finite weights.
     """
-    solved = _solve(layer, weight, bias, kept, moments, ridge, cross)
+    solved = _solve(layer, weight, bias, kept, moments, ridge, cross, rows)
     return solved.weight, solved.bias
 
 
@@ -112,21 +116,27 @@ def _solve(
     moments: Moments,
     ridge: float,
     cross: Tensor | None,
+    rows: NDArray[np.int64] | None,
 ) -> _Solved:
     stay = features_of(weight.shape[1], kept, moments)
     dtype = _dtype(len(stay))
     factor, added = damped(moments.gram[stay][:, stay].to(dtype), ridge)
     size = max(1, AT_ONCE // weight[0].numel())
-    outputs = [*zip(torch.split(weight, size), torch.split(bias, size), strict=True)]
+
+    def few(tensor: Tensor) -> Iterator[Tensor]:
+        if rows is None:
+            return iter(torch.split(tensor, size))
+        return (tensor[part] for part in torch.split(torch.from_numpy(rows), size))
+
     parts: list[tuple[Tensor, ...]]
     if moments.pooled > 1:
         gone = torch.ones(len(moments.mean), dtype=torch.bool).index_fill(0, stay, False).nonzero().flatten()
         predictor = torch.cholesky_solve(moments.gram[stay][:, gone].to(dtype), factor)
-        parts = [_folded(*given, stay, gone, moments, predictor) for given in outputs]
+        parts = [_folded(*given, stay, gone, moments, predictor) for given in zip(few(weight), few(bias), strict=True)]
     else:
-        crosses = torch.split(cross_moments(weight, moments) if cross is None else cross, size)
-        known = zip(outputs, crosses, strict=True)
-        parts = [_rows(*given, part, stay, moments, factor, added) for given, part in known]
+        cross = cross_moments(weight, moments) if cross is None else cross
+        several = zip(few(weight), few(bias), few(cross), strict=True)
+        parts = [_rows(*given, stay, moments, factor, added) for given in several]
     solved = _Solved(*(parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))))
     if not bool(torch.isfinite(solved.weight).all() & torch.isfinite(solved.bias).all()):
         raise CompressError(
