@@ -54,6 +54,7 @@ def finetune(
     crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
     flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
     attention: Annotated[float | None, typer.Option(help="weight of where the uncompressed model looks [0]")] = None,
+    hints: Annotated[float | None, typer.Option(help="weight of what the uncompressed model sees [0]")] = None,
     mixup: Annotated[float | None, typer.Option(help="mix images, shares drawn from Beta of this [0: not]")] = None,
     randaugment: Annotated[int | None, typer.Option(help="magnitude of random changes, to 30 [0: none]")] = None,
     device: Annotated[Text, typer.Option(help="cpu or cuda [cpu]")] = None,

@@ -3,6 +3,7 @@
 from autocomp.compress.affine import Norm
 from autocomp.compress.apply import Compressed, compress, structure
 from autocomp.compress.arrays import logits_of, to_tensor
+from autocomp.compress.channels_left import channels_left
 from autocomp.compress.equalize import equalize
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.footprint import footprint
@@ -22,6 +23,7 @@ __all__ = [
     "Statistics",
     "Traced",
     "calibration_notes",
+    "channels_left",
     "collect",
     "compress",
     "divergences",

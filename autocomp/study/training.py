@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autocomp.compress import Compressed, quantize_learned, quantize_tuned, to_tensor
+from autocomp.compress import Compressed, channels_left, quantize_learned, quantize_tuned, to_tensor
 from autocomp.config import SearchConfig
 from autocomp.data import Indexed, Splits
 from autocomp.errors import DataError
@@ -85,8 +85,8 @@ def trained(course: Course, policy: Policy, until: int | None = None) -> tuple[C
     bench, recipe = course.bench, course.recipe
 
     def train(module: Any) -> Tuned:
-        kept = checkpoint_of(course.folder, policy)
-        training = Training(module, bench.traced.module, course.images, recipe, kept, until)
+        kept, channels = checkpoint_of(course.folder, policy), channels_left(bench.traced.graph, pruned.kept)
+        training = Training(module, bench.traced.module, course.images, recipe, kept, until, channels)
         return course.trainer(training, course.observer)
 
     course.observer(Phase("compress"))

@@ -73,7 +73,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
         done, losses, sum_, count = state.step, list(state.losses[0]), *state.losses[1:]
     observer(Phase("finetune", end - done))
     filters = [name for name in filters_of(student) if name in weights]
-    loss_of = objective(student, training.teacher, images, recipe)
+    loss_of = objective(student, training)
     for step, batch in enumerate(_batches(images, recipe, done, end), done):
         for stepper in steppers:
             stepper.zero_grad()

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from autocomp.data import Indexed, Split
 from autocomp.errors import DataError, ModelError
-from autocomp.train.attention import distance, stages, tapped
 from autocomp.train.augment import Batch
+from autocomp.train.maps import attention_distance, hint_distance, stages, tapped
 from autocomp.train.recipe import TrainingRecipe
 from autocomp.train.sparse import factors_of, slimming
+from autocomp.train.training import Training
 
 __all__ = ["objective"]
 
@@ -25,37 +26,46 @@ CACHE_BYTES = 2**30
 Loss = Callable[[Batch], Tensor]
 
 
-def objective(student: nn.Module, teacher: nn.Module | None, images: Indexed, recipe: TrainingRecipe) -> Loss:
+def objective(student: nn.Module, training: Training) -> Loss:
     """The loss of a batch.
 
+    Args:
+        student: what is trained, on the recipe's device.
+
     Raises:
-        ModelError: attention is to be taught, and the models have no maps in common; or factors are to grow small, and
-            there are none.
+        ModelError: maps are to be compared, and the models have none in common; or factors are to grow small, and there
+            are none.
     """
-    learnt = _learnt(student, teacher, images, recipe)
+    recipe = training.recipe
+    learnt = _learnt(student, training)
     if recipe.slimming == 0:
         return learnt
     factors = factors_of(student).values()
     return lambda batch: learnt(batch) + recipe.slimming * slimming(factors)
 
 
-def _learnt(student: nn.Module, teacher: nn.Module | None, images: Indexed, recipe: TrainingRecipe) -> Loss:
+def _learnt(student: nn.Module, training: Training) -> Loss:
     """From labels and teacher."""
-    if teacher is None or recipe.distillation == recipe.attention == 0:
+    teacher, images, recipe = training.teacher, training.images, training.recipe
+    if teacher is None or recipe.distillation == recipe.attention == recipe.hints == 0:
         return lambda batch: _loss(student(batch.images), batch, None, recipe)
     if recipe.device != "cpu":
         teacher = copy.deepcopy(teacher).to(recipe.device)
-    if recipe.attention == 0:
+    if recipe.attention == recipe.hints == 0:
         ask = _answers(teacher, images, recipe)
         return lambda batch: _loss(student(batch.images), batch, ask(batch.images, batch.indices), recipe)
     names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1, recipe.device)))
     own, theirs = tapped(student, names), tapped(teacher, names)
+    channels = [training.channels.get(name) for name in names]
 
     def watched(batch: Batch) -> Tensor:
         logits, maps = own(batch.images)
         with torch.no_grad():
-            wanted, aims = theirs(batch.images)
-        return _loss(logits, batch, wanted, recipe) + recipe.attention * distance(maps, aims)
+            wanted, aims = theirs(_channels_last(batch.images))
+        loss = _loss(logits, batch, wanted, recipe)
+        if recipe.attention:
+            loss = loss + recipe.attention * attention_distance(maps, aims)
+        return loss + recipe.hints * hint_distance(maps, aims, channels) if recipe.hints else loss
 
     return watched
 
@@ -123,8 +133,11 @@ def _pixels(images: Split, size: int, device: str) -> Iterator[Tensor]:
 
 
 def _logits(teacher: nn.Module, pixels: Tensor) -> Tensor:
-    if pixels.ndim == 4:  # a third faster on a CPU where no gradient follows
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        logits: Tensor = teacher(pixels)
+        logits: Tensor = teacher(_channels_last(pixels))
     return logits
+
+
+def _channels_last(pixels: Tensor) -> Tensor:
+    """A third faster on a CPU where no gradient follows."""
+    return pixels.contiguous(memory_format=torch.channels_last) if pixels.ndim == 4 else pixels

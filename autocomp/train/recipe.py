@@ -49,6 +49,7 @@ class TrainingRecipe:
             al., arXiv:1503.02531, section 2).
         attention: weight of the distance between the maps of where both models look, beside that loss; 0 for none.
             About 1 is the weight of its authors, a thousand over the places of a map of 32x32.
+        hints: weight of the relative distance between the same maps, channel by channel; 0 for none.
         mixup: both parameters of the Beta distribution that the shares of two mixed images are drawn from; 0 for none.
         randaugment: magnitude of two random changes of each image, from 1 to 30; 0 for none.
         slimming: weight of the magnitudes of all batch norms' factors in the loss; 0 for none.
@@ -77,6 +78,7 @@ class TrainingRecipe:
     temperature: float = 4.0
     distillation: float = 0.9
     attention: float = 0.0
+    hints: float = 0.0
     mixup: float = 0.0
     randaugment: int = 0
     slimming: float = 0.0
@@ -99,7 +101,7 @@ class TrainingRecipe:
         for name in ("ema", "momentum", "soft_pruning"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name.replace('_', '-')} must lie in [0, 1), not {getattr(self, name)}")
-        for name in ("crop", "weight_decay", "attention", "mixup", "randaugment", "slimming", "seed"):
+        for name in ("crop", "weight_decay", "attention", "hints", "mixup", "randaugment", "slimming", "seed"):
             if not (isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ConfigError(f"{name.replace('_', '-')} must not be negative, but is {getattr(self, name)}")
         if self.randaugment > MAGNITUDES:

@@ -1,7 +1,7 @@
 """What a training is given, and what comes of it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,7 @@ class Training:
         recipe: how.
         checkpoint: file of the state, which a stopped training goes on from; None to keep none.
         until: epochs of the recipe's after which to stop for now; None for all of them.
+        channels: value -> those of the teacher's channels there that the module has; all of them where it says nothing.
     """
 
     module: nn.Module
@@ -35,6 +36,7 @@ class Training:
     recipe: TrainingRecipe
     checkpoint: Path | None = None
     until: int | None = None
+    channels: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

@@ -97,7 +97,7 @@ def test_mixup_is_the_loss_of_two_labels_on_images_averaged_in_pairs() -> None:
     q, p = (model(expected).double().log_softmax(1).numpy() for model in (net(), teacher))
     hard = -(batch.share * q[np.arange(16), labels] + (1 - batch.share) * q[np.arange(16), labels[partner]]).mean()
     soft = (np.exp(p) * (p - q)).sum(axis=1).mean()
-    found = objective(net(), teacher, images, recipe)(batch)
+    found = objective(net(), Training(net(), teacher, images, recipe))(batch)
     assert float(found) == pytest.approx(0.5 * hard + 0.5 * soft, rel=1e-5)
 
 

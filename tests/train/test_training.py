@@ -21,7 +21,7 @@ def test_bad_input_is_refused() -> None:
         train(RECIPE, images=replace(labels, labels=labels.labels))
     with pytest.raises(ModelError, match=r"the teacher gives logits \(10, 7\), the model \(10, 4\)"):
         train(RECIPE, teacher=net(7))
-    with pytest.raises(ModelError, match="attention transfer needs traced models"):
+    with pytest.raises(ModelError, match="attention and hints need traced models"):
         train(replace(RECIPE, attention=1.0), teacher=net(seed=1))
     with pytest.raises(DataError, match="mean and std are known"):
         train(replace(RECIPE, randaugment=9), images=Unnamed(split()))

@@ -1,4 +1,4 @@
-"""Attention transfer: its loss against the paper's formula, where it looks, and that a pruned model learns from it."""
+"""Attention transfer and hints: losses against their formulas, what is compared, and that a pruned model learns."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from autocomp.compress import trace
 from autocomp.errors import ModelError
 from autocomp.train import Training, finetune
-from autocomp.train.attention import distance, stages, tapped
+from autocomp.train.maps import attention_distance, hint_distance, stages, tapped
 from tests.train.small import PLAIN, split, whole
 
 
@@ -59,8 +59,8 @@ def test_the_ends_of_the_stages_are_compared_as_in_the_paper() -> None:
         for found, wanted in zip(maps, net.maps(images), strict=True):
             torch.testing.assert_close(found, wanted)
     expected = sum(by_the_paper(a, b) for a, b in zip(student.maps(images), teacher.maps(images), strict=True))
-    assert distance(student.maps(images), teacher.maps(images)).item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ModelError, match="leave --attention out"):
+    assert attention_distance(student.maps(images), teacher.maps(images)).item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ModelError, match="leave --attention and --hints out"):
         stages(small, traced(16, 1)[1], images[:1, :, :1, :1])
 
 
@@ -82,5 +82,41 @@ def test_a_student_comes_to_look_where_its_teacher_looks() -> None:
     assert first.losses == pytest.approx((hard + 2 * before,), rel=1e-5)
     longer = replace(recipe, epochs=40, momentum=0.9, lr=0.1)
     tuned = finetune(Training(small, large, images, longer), lambda event: None)
+    small.load_state_dict({name: torch.from_numpy(value) for name, value in tuned.tensors.items()}, strict=False)
+    assert apart(small) < before / 2
+
+
+def test_hints_are_relative_distances_of_the_channels_left() -> None:
+    draw = torch.Generator().manual_seed(0)
+    own = [torch.randn(3, 2, 4, 4, generator=draw), torch.randn(3, 5, 2, 2, generator=draw)]
+    theirs = [torch.randn(3, 4, 4, 4, generator=draw), torch.randn(3, 5, 2, 2, generator=draw)]
+    expected = 0.0
+    for a, b in zip(own, (theirs[0][:, [1, 3]], theirs[1]), strict=True):
+        for image, wanted in zip(a.double().numpy(), b.double().numpy(), strict=True):
+            expected += ((image - wanted) ** 2).sum() / (wanted**2).sum() / 3
+    found = hint_distance(own, theirs, [np.array([1, 3]), None])
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+    others = [torch.randn(3, 7, 4, 4), own[1]]  # a map of channels that nothing is known of does not count
+    assert hint_distance(others, theirs, [None, None]).item() == pytest.approx(
+        hint_distance(own[1:], theirs[1:], [None]).item()
+    )
+    with pytest.raises(ModelError, match="leave --hints out"):
+        hint_distance(others[:1], theirs[:1], [None])
+
+
+def test_a_student_comes_to_see_what_its_teacher_sees() -> None:
+    (_, small), (teacher, large) = traced(4, 0), traced(16, 1)
+    images = split(48)
+    pixels, _ = whole(images)
+    names = stages(small, large, pixels[:1])
+    channels = {names[0]: np.array([5, 1, 2, 3, 4, 0])}  # of the first stage turned around, of the second as they are
+
+    def apart(module: torch.fx.GraphModule) -> float:
+        maps = tapped(module, names)(pixels)[1]
+        return hint_distance(maps, teacher.maps(pixels), [channels[names[0]], None]).item()
+
+    recipe = replace(PLAIN, hints=1.0, distillation=0.0, batch=48, epochs=60, momentum=0.9, lr=0.02)
+    before = apart(small)
+    tuned = finetune(Training(small, large, images, recipe, channels=channels), lambda event: None)
     small.load_state_dict({name: torch.from_numpy(value) for name, value in tuned.tensors.items()}, strict=False)
     assert apart(small) < before / 2

@@ -1,15 +1,17 @@
-"""Where a compressed model looks, taught by where the uncompressed one does."""
+"""What a compressed model sees, and where it looks, taught by the maps of the uncompressed one."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from autocomp.errors import ModelError
 
-__all__ = ["distance", "stages", "tapped"]
+__all__ = ["attention_distance", "hint_distance", "stages", "tapped"]
 
 
 def stages(student: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
@@ -24,7 +26,7 @@ def stages(student: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
     own, theirs = (_maps(module, images) for module in (student, teacher))
     last = {shape: name for name, shape in theirs.items() if own.get(name) == shape}
     if not last:
-        raise ModelError("attention transfer needs maps of more than one place: leave --attention out for this model")
+        raise ModelError("attention and hints need maps of more than one place: leave --attention and --hints out")
     return list(last.values())
 
 
@@ -37,7 +39,7 @@ def tapped(module: nn.Module, names: Sequence[str]) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def distance(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
+def attention_distance(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
     """Sum over maps of the mean squared distance between attention maps.
 
     Attention is the sum of squares over channels, each image's scaled to length 1 (Zagoruyko and Komodakis,
@@ -48,6 +50,35 @@ def distance(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tensor:
         own, theirs: of each name, (n, c, h, w) with channels of their own.
     """
     parts = [(_attention(a) - _attention(b)).square().sum(1).mean() for a, b in zip(own, theirs, strict=True)]
+    return torch.stack(parts).sum()
+
+
+def hint_distance(
+    own: Sequence[Tensor], theirs: Sequence[Tensor], channels: Sequence[NDArray[np.int64] | None]
+) -> Tensor:
+    """Sum over maps of the squared distance between them, relative to the teacher's, mean over images.
+
+    Hints as of Romero et al. (FitNets, arXiv:1412.6550, section 2.2), without the layer that they put between: a pruned
+    model has some of its teacher's channels, and it is known which.
+
+    Args:
+        own, theirs: of each name, (n, c, h, w).
+        channels: of each name, those of the teacher's that ``own`` has; None for all.
+
+    Raises:
+        ModelError: no map has as many channels as were said to be left.
+    """
+    parts = []
+    for a, b, left in zip(own, theirs, channels, strict=True):
+        if left is not None:
+            b = b.index_select(1, torch.from_numpy(left).to(b.device))
+        if a.shape == b.shape:
+            energy = b.square().sum((1, 2, 3)).clamp_min(torch.finfo(b.dtype).tiny)
+            parts.append(((a - b).square().sum((1, 2, 3)) / energy).mean())
+    if not parts:
+        raise ModelError(
+            "no map of this model has channels that are known from the uncompressed one: leave --hints out"
+        )
     return torch.stack(parts).sum()
 
 
@@ -73,5 +104,5 @@ def _maps(module: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:
 
 def _traced(module: nn.Module) -> fx.GraphModule:
     if not isinstance(module, fx.GraphModule):
-        raise ModelError("attention transfer needs traced models: leave --attention out")
+        raise ModelError("attention and hints need traced models: leave --attention and --hints out")
     return module
