@@ -1,6 +1,5 @@
 """Which of the unpruned model's channels each map of a compressed one still has."""
 
-
 import numpy as np
 from numpy.typing import NDArray
 
