@@ -25,9 +25,7 @@ import numpy as np
 import torch
 
 from autocomp.api import resume
-from autocomp.capabilities import Capabilities
 from autocomp.compress import Compressed
-from autocomp.controllers import make_controller
 from autocomp.data import Indexed
 from autocomp.outcome import EpochDone, Event, Step
 from autocomp.policy import INT8, Policy
@@ -38,11 +36,15 @@ from autocomp.study.workbench import Workbench
 from autocomp.train import TrainingRecipe
 from benchmarks.common import cifar10, save, shared, show
 from benchmarks.main_job import bounded, describe, search
-from benchmarks.no_training import EIGHTHS, chosen, prepared, uniform
+from benchmarks.no_training import prepared
 
 ROLES = ("best", "uniform", "random")
 STEPS = 20
 """Steps that an epoch's cost is taken from."""
+WIDTHS = Path(__file__).with_name("widths.toml")
+"""Space without residual branches to drop: what is trained for epochs learns more with its depth."""
+HARD = TrainingRecipe(epochs=10, lr=0.0005, batch=64, optimizer="muon", weight_decay=0.01, hints=20.0)
+"""Where much is lost."""
 
 
 @dataclass(frozen=True)
@@ -110,33 +112,18 @@ def compare(
     show(f"{title}, {recipe.epochs} epochs", columns, table)
 
 
-def at_latency(depth: int, budget: str, job: Job) -> None:
-    """A search at a measured latency, then training of its three contenders."""
-    data, out = cifar10(job.work), job.work / f"search{depth}"
+def at_budget(depth: int, budget: str, space: str, job: Job) -> None:
+    """A search, then training of its three contenders."""
+    data, out = cifar10(job.work), job.work / f"search-{job.part}"
     weights = shared() / "weights" / f"cifar10_resnet{depth}.safetensors"
-    arguments = ["--model", f"zoo:resnet{depth}", "--weights", str(weights), "--data", f"npz:{data}"]
+    arguments = ["--model", f"zoo:resnet{depth}", "--weights", str(weights), "--data", f"npz:{data}", "--space", space]
     if not (out / "manifest.json").exists():
         search([*arguments, "--budget", budget, "--batch", "32", "--trials", "100", "--finetune-epochs", "0"], out)
     found = resume(out).contenders  # of a finished search what it found
     rows = {role: found[role] for role in ROLES if role in found}
     policies = {role: row.policy for role, row in rows.items()}
     ratios = {role: f"{row.latency.ratio.value:.3f}" if row.latency else "-" for role, row in rows.items()}
-    compare(f"ResNet-{depth} at {budget}", job, policies, ratios, lambda: prepared(depth, data, 0, "default"))
-
-
-def at_macs(job: Job) -> None:
-    """Half of the multiply-accumulates of ResNet-20, in float32."""
-    bench = prepared(20, cifar10(job.work), 0)
-    whole = bench.traced.graph.macs(Policy())
-
-    def part(policy: Policy) -> float:
-        return bench.traced.graph.macs(policy) / whole
-
-    drawn = make_controller("random", EIGHTHS.restrict(bench.traced.graph, Capabilities()), 0)
-    at_random = next(policy for _ in range(1000) for policy in drawn.ask(1) if 0.45 < part(policy) <= 0.5)
-    policies = {"best": chosen(bench), "uniform": uniform(bench), "random": at_random}
-    ratios = {role: f"{part(policy):.3f} MACs" for role, policy in policies.items()}
-    compare("ResNet-20 at half of its MACs", job, policies, ratios, lambda: bench)
+    compare(f"ResNet-{depth} at {budget}", job, policies, ratios, lambda: prepared(depth, data, 0, space))
 
 
 def epoch(job: Job) -> None:
@@ -181,9 +168,9 @@ def default(job: Job) -> None:
 
 
 PARTS: Mapping[str, tuple[Callable[[Job], None], TrainingRecipe]] = {
-    "latency20": (partial(at_latency, 20, "0.5x"), TrainingRecipe(epochs=10)),
-    "latency56": (partial(at_latency, 56, "0.4x"), TrainingRecipe(epochs=4)),
-    "macs20": (at_macs, TrainingRecipe(10, 0.001, 64, "adamw", weight_decay=0.01)),  # much is lost there
+    "latency20": (partial(at_budget, 20, "0.5x", "default"), TrainingRecipe(epochs=10)),
+    "latency56": (partial(at_budget, 56, "0.4x", "default"), TrainingRecipe(epochs=4)),
+    "macs20": (partial(at_budget, 20, "0.5xMACs", str(WIDTHS)), HARD),
     "epoch": (epoch, TrainingRecipe(epochs=1)),
     "default": (default, TrainingRecipe()),
 }

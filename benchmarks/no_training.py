@@ -70,7 +70,7 @@ def of_engine(bench: Workbench, compressed: Compressed) -> float:
 def uniform(bench: Workbench) -> Policy:
     """The largest single ratio that leaves at most half of the MACs."""
     graph = bench.traced.graph
-    for thousandths in range(500, 0, -5):
+    for thousandths in range(1000, 0, -5):
         policy = Policy({group.name: max(1, round(group.channels * thousandths / 1000)) for group in graph.groups})
         if graph.macs(policy) <= 0.5 * graph.macs(Policy()):
             return policy
