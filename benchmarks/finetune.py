@@ -12,6 +12,7 @@ may come first.
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,25 +25,28 @@ from typing import Any
 import numpy as np
 import torch
 
-from autocomp.api import resume
+from autocomp.api import load_result, resume
+from autocomp.capabilities import Capabilities
 from autocomp.compress import Compressed
 from autocomp.data import Indexed
-from autocomp.outcome import EpochDone, Event, Step
+from autocomp.outcome import EpochDone, Event, Step, TrialDone
 from autocomp.policy import INT8, Policy
 from autocomp.storage import write_atomic
+from autocomp.study.conduct import conduct, manifest_of
+from autocomp.study.executors import LocalCrew
+from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
+from autocomp.study.search import begin
 from autocomp.study.training import Course, trained, training_images
 from autocomp.study.workbench import Workbench
 from autocomp.train import TrainingRecipe
 from benchmarks.common import cifar10, save, shared, show
 from benchmarks.main_job import bounded, describe, search
-from benchmarks.no_training import prepared
+from benchmarks.no_training import EIGHTHS, prepared
 
 ROLES = ("best", "uniform", "random")
 STEPS = 20
 """Steps that an epoch's cost is taken from."""
-WIDTHS = Path(__file__).with_name("widths.toml")
-"""Space without residual branches to drop: what is trained for epochs learns more with its depth."""
 HARD = TrainingRecipe(epochs=10, lr=0.0005, batch=64, optimizer="muon", weight_decay=0.01, hints=20.0)
 """Where much is lost."""
 
@@ -112,18 +116,40 @@ def compare(
     show(f"{title}, {recipe.epochs} epochs", columns, table)
 
 
-def at_budget(depth: int, budget: str, space: str, job: Job) -> None:
-    """A search, then training of its three contenders."""
-    data, out = cifar10(job.work), job.work / f"search-{job.part}"
+def at_latency(depth: int, budget: str, job: Job) -> None:
+    """A search at a measured latency, then training of its three contenders."""
+    data, out = cifar10(job.work), job.work / f"search{depth}"
     weights = shared() / "weights" / f"cifar10_resnet{depth}.safetensors"
-    arguments = ["--model", f"zoo:resnet{depth}", "--weights", str(weights), "--data", f"npz:{data}", "--space", space]
+    arguments = ["--model", f"zoo:resnet{depth}", "--weights", str(weights), "--data", f"npz:{data}"]
     if not (out / "manifest.json").exists():
         search([*arguments, "--budget", budget, "--batch", "32", "--trials", "100", "--finetune-epochs", "0"], out)
     found = resume(out).contenders  # of a finished search what it found
     rows = {role: found[role] for role in ROLES if role in found}
     policies = {role: row.policy for role, row in rows.items()}
     ratios = {role: f"{row.latency.ratio.value:.3f}" if row.latency else "-" for role, row in rows.items()}
-    compare(f"ResNet-{depth} at {budget}", job, policies, ratios, lambda: prepared(depth, data, 0, space))
+    compare(f"ResNet-{depth} at {budget}", job, policies, ratios, lambda: prepared(depth, data, 0, "default"))
+
+
+def at_macs(job: Job) -> None:
+    """Half of the multiply-accumulates of ResNet-20, in float32: a search over widths in eighths, any number of channels
+    and every layer staying, since what is trained for epochs learns more with its depth."""
+    bench, out = prepared(20, cifar10(job.work), 0), job.work / "search-macs20"
+    graph = bench.traced.graph
+    space = EIGHTHS.restrict(graph, Capabilities())
+    fine = replace(bench, space=space, config=replace(bench.config, trials=100))
+
+    def watch(event: Event) -> None:
+        if isinstance(event, TrialDone):
+            print(f"{event.result.role} {event.result.number}: {event.result.objective}", file=sys.stderr, flush=True)
+
+    if not (out / "result.json").exists():
+        shutil.rmtree(out, ignore_errors=True)
+        with begin(fine, LocalCrew()) as prologue, Run.create(out, manifest_of(fine)) as run:
+            conduct(fine, prologue, run, watch)
+    found = load_result(out).contenders
+    policies = {role: found[role].policy for role in ROLES if role in found}
+    ratios = {role: f"{graph.macs(policy) / graph.macs(Policy()):.3f} MACs" for role, policy in policies.items()}
+    compare("ResNet-20 at half of its MACs", job, policies, ratios, lambda: bench)
 
 
 def epoch(job: Job) -> None:
@@ -168,9 +194,9 @@ def default(job: Job) -> None:
 
 
 PARTS: Mapping[str, tuple[Callable[[Job], None], TrainingRecipe]] = {
-    "latency20": (partial(at_budget, 20, "0.5x", "default"), TrainingRecipe(epochs=10)),
-    "latency56": (partial(at_budget, 56, "0.4x", "default"), TrainingRecipe(epochs=4)),
-    "macs20": (partial(at_budget, 20, "0.5xMACs", str(WIDTHS)), HARD),
+    "latency20": (partial(at_latency, 20, "0.5x"), TrainingRecipe(epochs=10)),
+    "latency56": (partial(at_latency, 56, "0.4x"), TrainingRecipe(epochs=4)),
+    "macs20": (at_macs, HARD),
     "epoch": (epoch, TrainingRecipe(epochs=1)),
     "default": (default, TrainingRecipe()),
 }
