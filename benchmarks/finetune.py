@@ -30,7 +30,7 @@ from autocomp.capabilities import Capabilities
 from autocomp.compress import Compressed
 from autocomp.data import Indexed
 from autocomp.outcome import EpochDone, Event, Step, TrialDone
-from autocomp.policy import INT8, Policy
+from autocomp.policy import INT8, Policy, Recipe
 from autocomp.storage import write_atomic
 from autocomp.study.conduct import conduct, manifest_of
 from autocomp.study.executors import LocalCrew
@@ -38,7 +38,7 @@ from autocomp.study.run import Run
 from autocomp.study.score import paired_interval, predict
 from autocomp.study.search import begin
 from autocomp.study.training import Course, trained, training_images
-from autocomp.study.workbench import Workbench
+from autocomp.study.workbench import Workbench, prepare
 from autocomp.train import TrainingRecipe
 from benchmarks.common import cifar10, save, shared, show
 from benchmarks.main_job import bounded, describe, search
@@ -133,12 +133,11 @@ def at_latency(depth: int, budget: str, job: Job) -> None:
 def at_macs(job: Job) -> None:
     """Half of the multiply-accumulates of ResNet-20, in float32: a search over widths in eighths, then training.
 
-    Every layer stays, since what is trained for epochs learns more with its depth.
+    Every layer stays, since what is trained for epochs learns more with its depth; trials are solved in sequence, as the
+    model that training begins with.
     """
     bench, out = prepared(20, cifar10(job.work), 0), job.work / "search-macs20"
     graph = bench.traced.graph
-    space = EIGHTHS.restrict(graph, Capabilities())
-    fine = replace(bench, space=space, config=replace(bench.config, trials=100))
 
     def watch(event: Event) -> None:
         if isinstance(event, TrialDone):
@@ -146,6 +145,9 @@ def at_macs(job: Job) -> None:
 
     if not (out / "result.json").exists():
         shutil.rmtree(out, ignore_errors=True)
+        config = replace(bench.config, trials=100, baseline_trials=25)
+        tried = prepare(config, watch, recipe=Recipe(reconstruction="sequential", images=256))
+        fine = replace(tried, space=EIGHTHS.restrict(graph, Capabilities()))
         with begin(fine, LocalCrew()) as prologue, Run.create(out, manifest_of(fine)) as run:
             conduct(fine, prologue, run, watch)
     found = load_result(out).contenders
