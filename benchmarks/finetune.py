@@ -133,8 +133,8 @@ def at_latency(depth: int, budget: str, job: Job) -> None:
 def at_macs(job: Job) -> None:
     """Half of the multiply-accumulates of ResNet-20, in float32: a search over widths in eighths, then training.
 
-    Every layer stays, since what is trained for epochs learns more with its depth; trials are solved in sequence, as the
-    model that training begins with.
+    Every layer stays, since what is trained for epochs learns more with its depth. Trials are solved in sequence, as
+    the model is that training begins with.
     """
     bench, out = prepared(20, cifar10(job.work), 0), job.work / "search-macs20"
     graph = bench.traced.graph

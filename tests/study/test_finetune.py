@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+import torch
 from safetensors.numpy import load, save
 
 from autocomp import api
@@ -19,12 +20,13 @@ from autocomp.data.preprocess import IMAGENET
 from autocomp.engines import structure_digest
 from autocomp.engines.simulated import SimulatedBackend
 from autocomp.errors import ConfigError, DataError, EngineError, InputError, RunError
-from autocomp.outcome import Note, Phase, Step
+from autocomp.outcome import Note, Observer, Phase, Step
 from autocomp.study import front
 from autocomp.study.conduct import Interrupted
 from autocomp.study.run import Run
 from autocomp.study.verify import Verdict
-from autocomp.train import TrainingRecipe
+from autocomp.train import Training, TrainingRecipe, Tuned, finetune
+from autocomp.train.maps import stages, tapped
 from tests.study import tiny
 
 GENTLE = {"epochs": 6, "lr": 0.05, "flip": 0.0, "crop": 0, "distillation": 0.1}
@@ -76,6 +78,32 @@ def test_a_better_model_takes_the_runs_place(run: Path, quantization: str) -> No
         api.apply_policy(run / "policy.json", SearchConfig(), run / "applied")
     card = api.export(run, ["onnx", "policy"], run / "shipped")
     assert card.model.test_accuracy == now.best.test_accuracy
+
+
+def test_hints_compare_the_channels_that_are_left(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Training] = []
+
+    def train(training: Training, observer: Observer) -> Tuned:
+        given.append(training)
+        return finetune(training, observer)
+
+    monkeypatch.setattr(delivering, "trainer", lambda config: train)
+    best = api.load_result(run).best
+    assert best is not None and best.policy.kept
+    plain = api.finetune(run, {**GENTLE, "epochs": 1, "lr": 1e-6})
+    hinted = api.finetune(run, {**GENTLE, "epochs": 1, "lr": 1e-6, "hints": 2.0})
+    training = given[-1]
+    assert training.teacher is not None
+    pixels = torch.from_numpy(next(iter(training.images.batches(8)))[0])
+    names = stages(training.module, training.teacher, pixels)
+    own, theirs = (tapped(module, names)(pixels)[1] for module in (training.module, training.teacher))
+    fewer = [len(training.channels[name]) < maps.shape[1] for name, maps in zip(names, theirs, strict=True)]
+    assert [maps.shape[1] for maps in own] == [len(training.channels[name]) for name in names] and any(fewer)
+    distance = 0.0
+    for name, a, b in zip(names, own, theirs, strict=True):
+        left = b[:, training.channels[name]]
+        distance += float(((a - left).square().sum((1, 2, 3)) / left.square().sum((1, 2, 3))).mean())
+    assert hinted.losses[0] - plain.losses[0] == pytest.approx(2 * distance, rel=0.3)
 
 
 def test_a_worse_one_does_not(run: Path) -> None:
