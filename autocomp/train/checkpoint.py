@@ -4,6 +4,7 @@ import io
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,14 @@ def save(state: State, path: Path) -> None:
 
 
 def load(path: Path, key: str) -> State | None:
-    """The state kept under ``key``; None where there is none, or one of something else.
+    """The state kept under ``key``; None where there is none, or one of something else. What a kill left of writing it
+    is removed.
 
     Raises:
         RunError: the file is damaged.
     """
+    for unfinished in path.parent.glob(f".{escape(path.name)}.????????"):
+        unfinished.unlink(missing_ok=True)
     if not path.exists():
         return None
     try:

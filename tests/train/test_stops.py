@@ -108,6 +108,15 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
     assert all(np.array_equal(found.tensors[name], value) for name, value in expected.tensors.items())
 
 
+def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    left, own = tmp_path / ".state.a1b2c3d_", tmp_path / ".state.notes"
+    for file in (left, own):
+        file.write_bytes(b"half")
+    train(RECIPE, checkpoint=path)
+    assert path.exists() and own.exists() and not left.exists()
+
+
 def test_a_checkpoint_of_something_else_is_not_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "state"
     train(RECIPE, checkpoint=path)
