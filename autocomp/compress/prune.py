@@ -98,7 +98,8 @@ def prune(
         with clock("reconstruct"):
             made = _reconstructed(graph, policy, statistics, recipe, original, positions)
     with clock("select"):
-        tensors = made | slice_tensors({name: original[name] for name in original.keys() - made.keys()}, positions)
+        others = {name: tensor for name, tensor in original.items() if name not in made}
+        tensors = made | slice_tensors(others, positions)
     if recipe.reconstruction != "none":
         with clock("reconstruct"):
             folded = fold_means(traced, policy, statistics.means, statistics.ranges, tensors, positions)
