@@ -5,9 +5,9 @@
 
 Writes ``benchmarks/results/finetune.json``, after each policy. Best, uniform and random policies get the same epochs.
 Accuracy is the engine's over all 10,000 test images, in percent; latency is that of the search, which training does not
-change. With ``--work`` nothing is done twice: a search that was stopped goes on, a training goes on from its checkpoint
-(with the same OMP_NUM_THREADS), and a policy that was trained by the same recipe is read back, so that ``--role best``
-may come first.
+change. With ``--work`` nothing is done twice: a search at a latency that was stopped goes on, a training goes on from
+its checkpoint (with the same OMP_NUM_THREADS), and a policy that was trained by the same recipe is read back, so that
+``--role best`` may come first.
 """
 
 import argparse

@@ -30,7 +30,7 @@ def channels_left(graph: LayerGraph, kept: Kept) -> dict[str, NDArray[np.int64]]
         if len(node.shape) != MAP:
             continue
         layer = graph.layer_by_node.get(node.name)
-        if layer is not None:
+        if layer is not None and layer.op == "conv":  # of a linear layer the last axis would be the channels
             found[node.name] = positions.get((layer.weight, 0), np.arange(layer.weight_shape[0]))
         elif node.op in ALONG:
             known = [found[value] for value in node.inputs if value in found]  # those added lose the same channels

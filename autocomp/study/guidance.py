@@ -93,14 +93,13 @@ def obtain_profile(
         bench.backend.known.save(kept)
         return subject, bench.backend.known
     known = known_profile(bench, observer)
-    if known is not None:
-        _tell_drift(known, subject, bench.spec.batch, bench.reference_policy, observer)
+    drifted = known is not None and _tell_drift(known, subject, bench.spec.batch, bench.reference_policy, observer)
     profile = known or HardwareProfile.of(device, date.today(), str(PROTOCOL), bench.backend.capabilities())
     observer(Phase("profile", SURVEY_ENGINES))
     seconds = SURVEY_S if bench.backend.measures else float("inf")
     profile = survey(subject, profile, seconds, SURVEY_ENGINES, lambda _: observer(Step()), bench.config.seed)
     profile.save(kept)
-    if bench.backend.measures:
+    if bench.backend.measures and not drifted:  # else times of a busy device would stay among those of a quiet one
         with suppress(OSError, ConfigError, RunError):  # a search goes on where it cannot be kept for the next one
             kept_before = resources.available("hardware_profiles").get(device.name)
             if kept_before is not None:
@@ -109,11 +108,11 @@ def obtain_profile(
     return subject, profile
 
 
-def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, reference: Policy, observer: Observer) -> None:
-    """A note where the uncompressed engine is not as fast as the profile says; ratios still guide the search."""
+def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, reference: Policy, observer: Observer) -> bool:
+    """Whether the uncompressed engine is not as fast as the profile says, with a note; ratios still guide a search."""
     expected = expected_ms(profile, subject.graph, batch, reference)
     if expected is None:
-        return
+        return False
     drift = Drift(subject.model, batch, expected, subject.reference_ms)
     if drift.stale:
         observer(
@@ -122,6 +121,7 @@ def _tell_drift(profile: HardwareProfile, subject: Subject, batch: int, referenc
                 f"used; on a quiet device run '{rebuild_command(profile)}'"
             )
         )
+    return drift.stale
 
 
 def guidance(

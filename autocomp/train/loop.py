@@ -91,8 +91,9 @@ def finetune(training: Training, observer: Observer) -> Tuned:
                 f"training diverged: the loss is {loss.item():g} and its gradient {norm:g} at step {step + 1} of "
                 f"{steps}: try a lower --lr than {recipe.lr:g}{kept}"
             )
-        for stepper in steppers:
-            scaler.step(stepper)
+        if isfinite(norm):  # all step or none: clipping has spread what is not finite
+            for stepper in steppers:
+                scaler.step(stepper)
         scaler.update()
         decay = min(recipe.ema, (1 + step) / (10 + step)) if recipe.ema else 0.0
         with torch.no_grad():
@@ -167,4 +168,5 @@ def _key(training: Training) -> str:
         return [*tensors, hash_arrays([tensor.detach().numpy() for tensor in tensors.values()])]
 
     models = [content(training.module), content(training.teacher)]
-    return digest_of([training.recipe.to_json(), training.images.digest, *models])
+    channels = {name: left.tolist() for name, left in training.channels.items()} if training.recipe.hints else {}
+    return digest_of([training.recipe.to_json(), training.images.digest, *models, channels])

@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from autocomp.errors import ModelError
 
 __all__ = ["attention_distance", "hint_distance", "stages", "tapped"]
+
+LEAST = 1e-3
+"""Part of the maps' mean square that each image is taken to have at least."""
 
 
 def stages(student: nn.Module, teacher: nn.Module, images: Tensor) -> list[str]:
@@ -53,10 +54,8 @@ def attention_distance(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> Tenso
     return torch.stack(parts).sum()
 
 
-def hint_distance(
-    own: Sequence[Tensor], theirs: Sequence[Tensor], channels: Sequence[NDArray[np.int64] | None]
-) -> Tensor:
-    """Sum over maps of the squared distance between them, relative to the teacher's, mean over images.
+def hint_distance(own: Sequence[Tensor], theirs: Sequence[Tensor], channels: Sequence[Tensor | None]) -> Tensor:
+    """Sum over maps of the squared distance between them, relative to the teacher's square, mean over images.
 
     Hints as of Romero et al. (FitNets, arXiv:1412.6550, section 2.2), without the layer that they put between: a pruned
     model has some of its teacher's channels, and it is known which.
@@ -66,24 +65,21 @@ def hint_distance(
         channels: of each name, those of the teacher's that ``own`` has; None for all.
 
     Raises:
-        ModelError: no map has as many channels as were said to be left.
+        ModelError: maps are not of one shape.
     """
     parts = []
     for a, b, left in zip(own, theirs, channels, strict=True):
-        if left is not None:
-            b = b.index_select(1, torch.from_numpy(left).to(b.device))
-        if a.shape == b.shape:
-            energy = b.square().sum((1, 2, 3)).clamp_min(torch.finfo(b.dtype).tiny)
-            parts.append(((a - b).square().sum((1, 2, 3)) / energy).mean())
-    if not parts:
-        raise ModelError(
-            "no map of this model has channels that are known from the uncompressed one: leave --hints out"
-        )
+        a, b = a.float(), (b if left is None else b.index_select(1, left)).float()  # squares overflow half precision
+        if a.shape != b.shape:
+            raise ModelError(f"a map of shape {tuple(a.shape)} cannot be taught by one of {tuple(b.shape)}")
+        energy = b.square().sum((1, 2, 3))
+        least = LEAST * energy.mean()  # an image in whose map there is nothing would count for all others
+        parts.append(((a - b).square().sum((1, 2, 3)) / energy.maximum(torch.where(least > 0, least, 1.0))).mean())
     return torch.stack(parts).sum()
 
 
 def _attention(maps: Tensor) -> Tensor:
-    return F.normalize(maps.square().sum(1).flatten(1), dim=1)
+    return F.normalize(maps.float().square().sum(1).flatten(1), dim=1)
 
 
 def _maps(module: nn.Module, images: Tensor) -> dict[str, tuple[int, int]]:

@@ -56,7 +56,11 @@ def _learnt(student: nn.Module, training: Training) -> Loss:
         return lambda batch: _loss(student(batch.images), batch, ask(batch.images, batch.indices), recipe)
     names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1, recipe.device)))
     own, theirs = tapped(student, names), tapped(teacher, names)
-    channels = [training.channels.get(name) for name in names]
+    hinted = [place for place, name in enumerate(names) if name in training.channels or not training.channels]
+    if recipe.hints and not hinted:
+        raise ModelError("no map has channels that are known from the uncompressed model: leave --hints out")
+    left = [training.channels.get(names[place]) for place in hinted]
+    channels = [None if rows is None else torch.from_numpy(rows).to(recipe.device) for rows in left]
 
     def watched(batch: Batch) -> Tensor:
         logits, maps = own(batch.images)
@@ -65,7 +69,10 @@ def _learnt(student: nn.Module, training: Training) -> Loss:
         loss = _loss(logits, batch, wanted, recipe)
         if recipe.attention:
             loss = loss + recipe.attention * attention_distance(maps, aims)
-        return loss + recipe.hints * hint_distance(maps, aims, channels) if recipe.hints else loss
+        if recipe.hints:
+            mine, wished = ([given[place] for place in hinted] for given in (maps, aims))
+            loss = loss + recipe.hints * hint_distance(mine, wished, channels)
+        return loss
 
     return watched
 

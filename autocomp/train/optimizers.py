@@ -18,7 +18,8 @@ AS_ADAMW = 0.2
 
 class Muon(torch.optim.Optimizer):
     """Each step moves a matrix in all of its directions alike: momentum, made `orthogonal` (Jordan et al., Muon, 2024,
-    https://kellerjordan.github.io/posts/muon). A convolution is the matrix of its outputs and all that they read.
+    https://kellerjordan.github.io/posts/muon). A convolution is the matrix of its filters; of a grouped one, too, whose
+    filters read different inputs.
 
     Updates have the root mean square that AdamW's have, so that both take the same learning rate and decay (Liu et al.,
     arXiv:2502.16982, section 2.2). PyTorch's own computes in bfloat16, which processors without such instructions take
@@ -36,7 +37,9 @@ class Muon(torch.optim.Optimizer):
             for weight in group["params"]:
                 if weight.grad is None:
                     continue
-                mean = self.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+                if "momentum_buffer" not in self.state[weight]:
+                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+                mean = self.state[weight]["momentum_buffer"]
                 mean.lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(mean, group["momentum"])  # Nesterov's
                 update = orthogonal(ahead.flatten(1)).reshape(weight.shape)
@@ -45,7 +48,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """U V' of a matrix U S V', nearly: its singular values come to lie between about 0.7 and 1.2.
+    """U V' of a matrix U S V', nearly: singular values come to lie near 1, the least of them below.
 
     Five steps of a Newton-Schulz iteration whose coefficients lift small singular values fast (Jordan et al.).
 
@@ -87,5 +90,5 @@ def optimizers(weights: Mapping[str, nn.Parameter], recipe: TrainingRecipe) -> l
 
 
 def _is_matrix(weight: Tensor) -> bool:
-    """Not of a depthwise convolution, whose outputs have nothing to do with each other, nor of one output."""
+    """It has several outputs, and several inputs each; a depthwise convolution's have nothing to do with each other."""
     return weight.ndim > 1 and weight.shape[0] > 1 and weight.shape[1] > 1

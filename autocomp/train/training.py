@@ -27,7 +27,8 @@ class Training:
         recipe: how.
         checkpoint: file of the state, which a stopped training goes on from; None to keep none.
         until: epochs of the recipe's after which to stop for now; None for all of them.
-        channels: value -> those of the teacher's channels there that the module has; all of them where it says nothing.
+        channels: value -> those of the teacher's channels there that the module has; empty where it has all of them
+            everywhere.
     """
 
     module: nn.Module

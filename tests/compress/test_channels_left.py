@@ -12,9 +12,26 @@ from autocomp.compress.tracing import Traced
 from autocomp.models.zoo import build_zoo
 from tests.compress.nets import Mixed, images, trained
 
+
+class ChannelsLast(nn.Module):
+    """Maps, then linear layers over their channels as the last axis, as ConvNeXt has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.narrow = nn.Conv2d(3, 6, 2, 2), nn.Linear(6, 12), nn.Linear(12, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.narrow(self.wide(x.permute(0, 2, 3, 1)).relu()).permute(0, 3, 1, 2)
+        logits: Tensor = self.head((x + y).relu().mean((2, 3)))
+        return logits
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "blocks": (Mixed, 16),
     "padded shortcuts": (lambda: build_zoo("resnet8", 10), 32),
+    "channels last": (ChannelsLast, 8),
 }
 
 

@@ -47,6 +47,7 @@ from autocomp.study.tasks import Task, TimeTask
 from autocomp.study.trial import Limits, Trials
 from autocomp.study.workbench import Workbench, prepare
 from autocomp.train import Training, TrainingRecipe, finetune
+from autocomp.train.maps import stages
 from tests.conformance import frail_parts
 from tests.conformance.frail_parts import Gone, Refusing, start
 
@@ -458,8 +459,10 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
     draw = np.random.default_rng(0)
     pixels, labels = draw.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8), np.arange(48) % 10
     images = ArraySplit(pixels, labels, np.arange(48), Preprocess((0.5,) * 3, (0.5,) * 3), "noise")
-    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0)
-    module = bench.traced.module
+    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0, hints=0.5)
+    module, shapes = bench.traced.module, bench.traced.graph.node_by_name
+    last = stages(module, module, torch.zeros(1, 3, 16, 16))[-1]
+    channels = {last: np.arange(shapes[last].shape[0])}  # maps before it are not compared
     recipes = [replace(recipe, lr=rate * recipe.lr) for rate in RATES]
 
     def stop(event: Event) -> None:
@@ -470,18 +473,20 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
         folder.mkdir()
         for own in recipes[1:]:  # the first one had not begun
             with pytest.raises(KeyboardInterrupt):
-                finetune(Training(module, module, images, own, folder / f"finetune.{own.lr:g}.pt"), stop)
+                kept = folder / f"finetune.{own.lr:g}.pt"
+                finetune(Training(module, module, images, own, kept, channels=channels), stop)
     marked = tmp_path / "far" / f"finetune.{recipes[-1].lr:g}.pt"
     state = torch.load(marked, weights_only=True)
     torch.save({**state, "losses": ((9.0,), 0.0, 0)}, marked)
     local = [
-        finetune(Training(module, module, images, own, tmp_path / "near" / f"finetune.{own.lr:g}.pt"), ignore)
+        finetune(Training(module, module, images, own, kept, channels=channels), ignore)
         for own in recipes
+        for kept in [tmp_path / "near" / f"finetune.{own.lr:g}.pt"]
     ]
     assert all(other.losses > local[-1].losses for other in local[:-1])  # so that it cannot be stopped early
     events: list[Event] = []
     found = far.crew.trainer()(
-        Training(module, module, images, recipe, tmp_path / "far" / "finetune.pt"), events.append
+        Training(module, module, images, recipe, tmp_path / "far" / "finetune.pt", channels=channels), events.append
     )
     assert capsys.readouterr().out == ""
     assert found.recipe == recipes[-1]

@@ -94,14 +94,41 @@ def test_hints_are_relative_distances_of_the_channels_left() -> None:
     for a, b in zip(own, (theirs[0][:, [1, 3]], theirs[1]), strict=True):
         for image, wanted in zip(a.double().numpy(), b.double().numpy(), strict=True):
             expected += ((image - wanted) ** 2).sum() / (wanted**2).sum() / 3
-    found = hint_distance(own, theirs, [np.array([1, 3]), None])
+    found = hint_distance(own, theirs, [torch.tensor([1, 3]), None])
     assert found.item() == pytest.approx(expected, rel=1e-5)
-    others = [torch.randn(3, 7, 4, 4), own[1]]  # a map of channels that nothing is known of does not count
-    assert hint_distance(others, theirs, [None, None]).item() == pytest.approx(
-        hint_distance(own[1:], theirs[1:], [None]).item()
+    assert hint_distance([own[0].half()], [theirs[0].half()], [torch.tensor([1, 3])]).item() == pytest.approx(
+        hint_distance(own[:1], theirs[:1], [torch.tensor([1, 3])]).item(), rel=1e-2
     )
+    with pytest.raises(ModelError, match=r"a map of shape \(3, 2, 4, 4\) cannot be taught by one of \(3, 4, 4, 4\)"):
+        hint_distance(own[:1], theirs[:1], [None])
+
+
+def test_an_image_in_whose_map_is_nothing_counts_like_others() -> None:
+    theirs = torch.ones(4, 2, 3, 3)
+    theirs[0] = 0.0
+    own = theirs + 0.1
+    energy = np.array([0.001 * 0.75 * 18, 18, 18, 18])  # at least a thousandth of the mean
+    assert hint_distance([own], [theirs], [None]).item() == pytest.approx((0.01 * 18 / energy).mean(), rel=1e-4)
+    assert hint_distance([own - theirs], [theirs * 0], [None]).item() == pytest.approx(0.01 * 18, rel=1e-4)
+
+
+def test_maps_of_unknown_channels_are_left_out() -> None:
+    (_, small), (_, large) = traced(4, 0), traced(16, 1)
+    images = split(8)
+    recipe = replace(PLAIN, hints=1.0, distillation=0.0, batch=8)
+    pixels, labels = whole(images)
+    early, late = stages(small, large, pixels[:1])
+
+    def first(channels: dict[str, np.ndarray]) -> float:
+        return finetune(Training(small, large, images, recipe, channels=channels), lambda event: None).losses[0]
+
+    own, theirs = tapped(small, [late])(pixels), tapped(large, [late])(pixels)
+    expected = F.cross_entropy(own[0], labels) + hint_distance(own[1], theirs[1], [None])
+    assert first({late: np.arange(8)}) == pytest.approx(expected.item(), rel=1e-5)
     with pytest.raises(ModelError, match="leave --hints out"):
-        hint_distance(others[:1], theirs[:1], [None])
+        first({"another": np.arange(3)})
+    with pytest.raises(ModelError, match="cannot be taught"):
+        first({early: np.arange(3)})
 
 
 def test_a_student_comes_to_see_what_its_teacher_sees() -> None:
@@ -109,11 +136,11 @@ def test_a_student_comes_to_see_what_its_teacher_sees() -> None:
     images = split(48)
     pixels, _ = whole(images)
     names = stages(small, large, pixels[:1])
-    channels = {names[0]: np.array([5, 1, 2, 3, 4, 0])}  # of the first stage turned around, of the second as they are
+    channels = {names[0]: np.array([5, 1, 2, 3, 4, 0]), names[1]: np.arange(8)}
 
     def apart(module: torch.fx.GraphModule) -> float:
         maps = tapped(module, names)(pixels)[1]
-        return hint_distance(maps, teacher.maps(pixels), [channels[names[0]], None]).item()
+        return hint_distance(maps, teacher.maps(pixels), [torch.from_numpy(channels[name]) for name in names]).item()
 
     recipe = replace(PLAIN, hints=1.0, distillation=0.0, batch=48, epochs=60, momentum=0.9, lr=0.02)
     before = apart(small)

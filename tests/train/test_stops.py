@@ -110,7 +110,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(
 
 def test_what_a_kill_left_half_written_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "state"
-    left, own = tmp_path / ".state.a1b2c3d_", tmp_path / ".state.notes"
+    left, own = tmp_path / ".state.a1b2c3d_", tmp_path / ".state.notes-of-mine"
     for file in (left, own):
         file.write_bytes(b"half")
     train(RECIPE, checkpoint=path)

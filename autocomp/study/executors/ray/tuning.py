@@ -14,7 +14,6 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 
 from autocomp.compress.wire import Packed, pack, unpack
-from autocomp.data import Indexed
 from autocomp.errors import CompressError
 from autocomp.outcome import EpochDone, Event, Note, Observer, Phase
 from autocomp.study.worker import line_of
@@ -35,20 +34,23 @@ class _Job:
     """What every trial is given: a training whose modules travel as lists of their nodes.
 
     Attributes:
-        kept: the local training's checkpoint.
-        epochs: to train for now.
+        rest: the training but for its modules, to be trained at another rate.
     """
 
     student: Packed
     teacher: Packed | None
-    images: Indexed
-    recipe: TrainingRecipe
-    kept: Path
-    epochs: int
+    rest: Training
 
     def at(self, lr: float) -> tuple[TrainingRecipe, Path]:
         """The recipe at another learning rate, and its checkpoint."""
-        return replace(self.recipe, lr=lr), self.kept.with_suffix(f".{lr:g}.pt")
+        kept = self.rest.checkpoint
+        assert kept is not None
+        return replace(self.rest.recipe, lr=lr), kept.with_suffix(f".{lr:g}.pt")
+
+    def training(self, lr: float) -> Training:
+        teacher = None if self.teacher is None else unpack(self.teacher)
+        recipe, kept = self.at(lr)
+        return replace(self.rest, module=unpack(self.student), teacher=teacher, recipe=recipe, checkpoint=kept)
 
 
 def finetune_on_ray(training: Training, observer: Observer) -> Tuned:
@@ -68,8 +70,9 @@ def finetune_on_ray(training: Training, observer: Observer) -> Tuned:
     assert checkpoint is not None
     records = checkpoint.resolve().parent / FOLDER
     shutil.rmtree(records, ignore_errors=True)
-    sent = pack(student), None if teacher is None else pack(teacher)
-    job = _Job(*sent, training.images, recipe, checkpoint.resolve(), training.epochs)
+    apart: Any = None  # modules travel apart
+    rest = replace(training, module=apart, teacher=apart, checkpoint=checkpoint.resolve())
+    job = _Job(pack(student), None if teacher is None else pack(teacher), rest)
     observer(Phase("finetune"))
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # a stop is the user's: it must not look like an end
     tuner = tune.Tuner(
@@ -104,11 +107,9 @@ def _train(config: Mapping[str, Any], job: _Job) -> None:
     """One training; where it diverges it ends with the epochs it has."""
 
     def watch(event: Event) -> None:
-        if isinstance(event, EpochDone) and event.number < job.epochs:
+        if isinstance(event, EpochDone) and event.number < job.rest.epochs:
             tune.report({"epoch": event.number, "loss": event.loss})
 
-    recipe, kept = job.at(config["lr"])
-    teacher = None if job.teacher is None else unpack(job.teacher)
     with suppress(CompressError):
-        tuned = finetune(Training(unpack(job.student), teacher, job.images, recipe, kept, job.epochs), watch)
-        tune.report({"epoch": job.epochs, "loss": tuned.losses[-1]})
+        tuned = finetune(job.training(config["lr"]), watch)
+        tune.report({"epoch": job.rest.epochs, "loss": tuned.losses[-1]})
