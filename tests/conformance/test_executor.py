@@ -459,7 +459,7 @@ def test_fine_tuning_goes_on_from_its_checkpoints_and_the_lowest_loss_counts(
     draw = np.random.default_rng(0)
     pixels, labels = draw.integers(0, 256, (48, 16, 16, 3)).astype(np.uint8), np.arange(48) % 10
     images = ArraySplit(pixels, labels, np.arange(48), Preprocess((0.5,) * 3, (0.5,) * 3), "noise")
-    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0, hints=0.5)
+    recipe = TrainingRecipe(epochs=2, batch=16, lr=0.03, ema=0.0, crop=0, flip=0.0, distillation=0.0, hints=0.01)
     module, shapes = bench.traced.module, bench.traced.graph.node_by_name
     last = stages(module, module, torch.zeros(1, 3, 16, 16))[-1]
     channels = {last: np.arange(shapes[last].shape[0])}  # maps before it are not compared
