@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from autocomp.compress.moments import Moments
-from autocomp.compress.reconstruct import by_feature, features_of
+from autocomp.compress.reconstruct import features_of
 from autocomp.compress.surgery import frozen, rebuild, tensors_of
 from autocomp.graph import LayerGraph
 from autocomp.policy import Policy
@@ -40,7 +40,7 @@ def factors(weight: Tensor, bias: Tensor, rank: int, moments: Moments | None) ->
         mean, responses = torch.zeros(flat.shape[1], dtype=torch.float64), flat @ flat.T
     else:
         mean = moments.mean.double().repeat_interleave(moments.pooled)
-        parts = by_feature(weight, moments).double()
+        parts = weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2).double()  # (out, pooled, features)
         responses = (parts @ moments.gram.double()).flatten(1) @ parts.flatten(1).T
     variances, axes = torch.linalg.eigh(responses)
     variances, axes = variances.flip(0)[:rank], axes.flip(1)[:, :rank]

@@ -13,7 +13,7 @@ from autocomp.compress.moments import Moments
 from autocomp.errors import CompressError
 from autocomp.graph import Layer
 
-__all__ = ["by_feature", "cross_moments", "features_of", "least_squares", "reconstruct"]
+__all__ = ["cross_moments", "features_of", "least_squares", "reconstruct"]
 
 LARGE = 1024  # features from which single precision does
 AT_ONCE = 2**20  # numbers of a weight whose outputs are solved together: more would leave the caches
@@ -130,7 +130,7 @@ def _solve(
 
     parts: list[tuple[Tensor, ...]]
     if moments.pooled > 1:
-        gone = torch.ones(len(moments.mean), dtype=torch.bool).index_fill(0, stay, False).nonzero().flatten()
+        gone = torch.from_numpy(np.setdiff1d(np.arange(len(moments.mean)), stay))
         predictor = torch.cholesky_solve(moments.gram[stay][:, gone].to(dtype), factor)
         parts = [_folded(*given, stay, gone, moments, predictor) for given in zip(few(weight), few(bias), strict=True)]
     else:
@@ -178,11 +178,6 @@ def _folded(
     shift = lost.sum(1, dtype=predictor.dtype) @ (mean[gone] - predictor.T @ mean[stay])
     shape = len(weight), -1, *weight.shape[2:]
     return solved.reshape(shape), (bias.to(predictor.dtype) + shift).float()
-
-
-def by_feature(weight: Tensor, moments: Moments) -> Tensor:
-    """A weight as (out, pooled, features)."""
-    return weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2)
 
 
 def _dtype(features: int) -> torch.dtype:

@@ -22,8 +22,7 @@ class Muon(torch.optim.Optimizer):
     filters read different inputs.
 
     Updates have the root mean square that AdamW's have, so that both take the same learning rate and decay (Liu et al.,
-    arXiv:2502.16982, section 2.2). PyTorch's own computes in bfloat16, which processors without such instructions take
-    ten to twenty times as long for.
+    arXiv:2502.16982, section 2.2). PyTorch's own computes in bfloat16, which is slow with AVX2 alone.
     """
 
     def __init__(
