@@ -12,6 +12,7 @@ from torch import nn
 
 from autocomp.config import SearchConfig
 from autocomp.engines import make_backend
+from autocomp.engines.simulated import SimulatedBackend
 from autocomp.errors import ConfigError, DataError, ModelError, SpaceError
 from autocomp.hardware import EngineTime, HardwareProfile, Predictor, kernels_of
 from autocomp.outcome import Event, Note
@@ -275,6 +276,26 @@ def test_a_guided_search_tells_of_a_profile_that_does_not_fit(
     with bench.backend.build(bench.reference) as reference:
         assert obtain_profile(bench, reference, tmp_path / "run", events.append) is not None
     assert any(isinstance(event, Note) and "stale, or the device is busy" in event.text for event in events)
+
+
+@pytest.mark.parametrize(("factor", "kept"), [(2.0, False), (1.0, True)], ids=["busy", "quiet"])
+def test_only_a_quiet_devices_times_are_kept_for_later(
+    factor: float, kept: bool, fresh: HardwareProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SimulatedBackend, "measures", True)  # its times are what a device's would be
+    monkeypatch.setattr(guidance, "SURVEY_ENGINES", 1)
+    bench = prepare(replace(CONFIG, batch=2), ignore)
+    told = scaled(fresh, factor)
+    whole = set(kernels_of(bench.traced.graph, bench.reference_policy, 2).values())
+    few = tuple(entry for entry in told.kernels if entry.kernel in whole)  # the others are left to measure
+    folder = replace(told, kernels=few).save(tmp_path / "hardware_profiles")
+    before = HardwareProfile.load(folder)
+    with bench.backend.build(bench.reference) as reference:
+        assert obtain_profile(bench, reference, tmp_path / "run", ignore) is not None
+    surveyed = HardwareProfile.load(tmp_path / "run" / "profile" / folder.name)
+    assert len(surveyed.engines) == len(before.engines) + 1
+    assert HardwareProfile.load(folder) == (surveyed if kept else before)
 
 
 def test_with_the_real_engine(tmp_path: Path) -> None:
