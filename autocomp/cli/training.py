@@ -51,6 +51,7 @@ def finetune(
     distillation: Annotated[float | None, typer.Option(help="weight of the uncompressed model's say [0.9]")] = None,
     temperature: Annotated[float | None, typer.Option(help="of what the uncompressed model says [4]")] = None,
     quantization: Annotated[Text, typer.Option(help="learned (train int8 as int8) or calibrated [learned]")] = None,
+    norms: Annotated[Text, typer.Option(help="folded, or batch: normalise while training [folded]")] = None,
     crop: Annotated[int | None, typer.Option(help="pixels that images are shifted by, at most [4]")] = None,
     flip: Annotated[float | None, typer.Option(help="probability of mirroring [0.5; 0 for digits]")] = None,
     attention: Annotated[float | None, typer.Option(help="weight of where the uncompressed model looks [0]")] = None,

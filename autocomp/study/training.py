@@ -86,7 +86,8 @@ def trained(course: Course, policy: Policy, until: int | None = None) -> tuple[C
 
     def train(module: Any) -> Tuned:
         kept, channels = checkpoint_of(course.folder, policy), channels_left(bench.traced.graph, pruned.kept)
-        training = Training(module, bench.traced.module, course.images, recipe, kept, until, channels)
+        norms = {layer.node: layer.name for layer in pruned.graph.layers if layer.normalised}
+        training = Training(module, bench.traced.module, course.images, recipe, kept, until, channels, norms)
         return course.trainer(training, course.observer)
 
     course.observer(Phase("compress"))

@@ -1,13 +1,14 @@
 """The loop: a compressed model trained on the labels and on what the uncompressed one says."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import ceil, isfinite
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
 
 from autocomp.data import Indexed
 from autocomp.data.preprocess import Preprocess
@@ -17,6 +18,7 @@ from autocomp.outcome import EpochDone, Observer, Phase, Step
 from autocomp.policy import digest_of
 from autocomp.train.augment import Batch, augmented, mixed, randomised
 from autocomp.train.checkpoint import State, load, save
+from autocomp.train.norms import folded, normalised, samples
 from autocomp.train.objective import objective
 from autocomp.train.optimizers import optimizers
 from autocomp.train.recipe import TrainingRecipe
@@ -51,7 +53,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
     if len(images) == 0:
         raise DataError("there are no training images: give some, or leave fine-tuning out")
     device = device_of(recipe)
-    student = _trainable(training.module).to(device)
+    student = _trainable(training, device)
     weights = {name: weight for name, weight in student.named_parameters() if weight.requires_grad}
     steppers = optimizers(weights, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
@@ -113,7 +115,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
             save(State(key, step + 1, now, average, own, so_far, scaler.state_dict()), checkpoint)
         if ended:
             observer(EpochDone(len(losses), losses[-1]))
-    return Tuned({name: tensor.cpu().numpy() for name, tensor in average.items()}, tuple(losses), recipe)
+    return Tuned(_tensors(student, average, training), tuple(losses), recipe)
 
 
 def device_of(recipe: TrainingRecipe) -> torch.device:
@@ -123,11 +125,25 @@ def device_of(recipe: TrainingRecipe) -> torch.device:
     return torch.device(recipe.device)
 
 
-def _trainable(module: nn.Module) -> nn.Module:
-    student = copy.deepcopy(module)
+def _trainable(training: Training, device: torch.device) -> nn.Module:
+    recipe, student = training.recipe, copy.deepcopy(training.module).to(device)
+    if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
+        student = normalised(student, training.norms, samples(training.images, recipe.batch, device))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(name.rpartition(".")[2] not in STATISTICS)
     return student
+
+
+def _tensors(student: nn.Module, average: Mapping[str, Tensor], training: Training) -> dict[str, NDArray[np.float32]]:
+    """The average, by the names of the module that was given."""
+    recipe = training.recipe
+    if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
+        with torch.no_grad():
+            for name, weight in student.named_parameters():
+                weight.copy_(average[name])
+        device = device_of(recipe)
+        return folded(student, training.norms, samples(training.images, recipe.batch, device))
+    return {name: tensor.cpu().numpy() for name, tensor in average.items()}
 
 
 def _batches(images: Indexed, recipe: TrainingRecipe, done: int, end: int) -> Iterator[Batch]:

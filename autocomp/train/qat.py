@@ -23,7 +23,7 @@ from autocomp.quantization import (
     quantize_fp8,
 )
 
-__all__ = ["Calibrated", "learnable", "learned"]
+__all__ = ["Calibrated", "learnable", "learned", "step_of"]
 
 Arrays = Mapping[str, NDArray[np.float32]]
 WITHIN = 0.49
@@ -66,8 +66,8 @@ def learnable(start: Calibrated) -> fx.GraphModule:
     root |= {name: _parameter(array) for name, array in start.tensors.items()}
 
     def rounding(value: fx.Node, owner: str, scale: Any, low: int, high: int) -> fx.Node:
-        root.setdefault(_step(owner), _parameter(scale))
-        return fresh.call_function(rounded, (value, fresh.get_attr(_step(owner)), low, high))
+        root.setdefault(step_of(owner), _parameter(scale))
+        return fresh.call_function(rounded, (value, fresh.get_attr(step_of(owner)), low, high))
 
     env: dict[fx.Node, fx.Node] = {}
     for node in start.module.graph.nodes:
@@ -99,7 +99,7 @@ def learned(
     """What a trained `learnable` module stands for: float tensors, codes and parameters, by the names of ``start``."""
 
     def scale(owner: str) -> NDArray[np.float32]:
-        return np.asarray(_positive(torch.from_numpy(np.asarray(tensors[_step(owner)]))).numpy())
+        return np.asarray(_positive(torch.from_numpy(np.asarray(tensors[step_of(owner)]))).numpy())
 
     weights = {
         name: codes_at(tensors[name], scale(name), start.numerics, weight.bits)
@@ -184,5 +184,6 @@ def _parameter(array: Any) -> nn.Parameter:
     return nn.Parameter(torch.tensor(array, dtype=torch.float32), requires_grad=False)
 
 
-def _step(owner: str) -> str:
+def step_of(owner: str) -> str:
+    """The parameter that holds the step of a weight or value."""
     return f"{owner}_step"

@@ -13,10 +13,12 @@ __all__ = ["TrainingRecipe"]
 Optimizer = Literal["sgd", "adamw", "muon"]
 Schedule = Literal["cosine", "one_cycle"]
 Quantization = Literal["learned", "calibrated"]
+Norms = Literal["folded", "batch"]
 Device = Literal["cpu", "cuda"]
 Mixed = Literal["fp32", "bf16", "fp16"]
 CHOICES: Mapping[str, Any] = {
-    "optimizer": Optimizer, "schedule": Schedule, "quantization": Quantization, "device": Device, "precision": Mixed,
+    "optimizer": Optimizer, "schedule": Schedule, "quantization": Quantization, "norms": Norms, "device": Device,
+    "precision": Mixed,
 }  # fmt: skip
 START = 0.04
 """One-cycle begins at this fraction of the peak (Smith and Topin, arXiv:1708.07120, as fastai and PyTorch have it)."""
@@ -59,6 +61,8 @@ class TrainingRecipe:
             staying ``fp32`` (Micikevicius et al., arXiv:1710.03740); ``fp16`` scales the loss.
         quantization: of a policy's integer layers: ``learned`` trains their weights as codes, with all scales;
             ``calibrated`` trains in float and calibrates afterwards.
+        norms: of layers that batch norms were folded into: ``folded`` trains them so, ``batch`` normalises by each
+            batch while training and folds the norms again at its end.
         seed: of the images' order and their augmentation.
     """
 
@@ -86,6 +90,7 @@ class TrainingRecipe:
     device: Device = "cpu"
     precision: Mixed = "fp32"
     quantization: Quantization = "learned"
+    norms: Norms = "folded"
     seed: int = 0
 
     def __post_init__(self) -> None:

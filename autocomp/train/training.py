@@ -29,6 +29,7 @@ class Training:
         until: epochs of the recipe's after which to stop for now; None for all of them.
         channels: value -> those of the teacher's channels there that the module has; empty where it has all of them
             everywhere.
+        norms: value of each layer that a batch norm was folded into -> the layer's name.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Training:
     checkpoint: Path | None = None
     until: int | None = None
     channels: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
+    norms: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:

@@ -29,6 +29,7 @@ from autocomp.engines import BackendSpec, emit, load_template, make_backend
 from autocomp.policy import INT8, Policy, Precision, Recipe
 from autocomp.quantization import code_max
 from autocomp.train import Training, TrainingRecipe, finetune, learnable, learned
+from autocomp.train.norms import folded, normalised
 from tests.compress.conftest import UNSIGNED, Case
 from tests.study import tiny
 
@@ -130,6 +131,29 @@ def test_the_engine_computes_what_was_trained(chain: Case) -> None:
     np.testing.assert_allclose(ours, expected.numpy(), atol=0.02 * size)  # but for biases on the engine's grid
     with make_backend(BackendSpec(batch=len(images))).build(onnx) as engine:
         np.testing.assert_allclose(engine.run(images), ours, atol=0.02 * size)
+
+
+def test_factors_of_live_norms_go_into_steps_and_leave_codes_alone(mixed: Case) -> None:
+    pruned, start = started(mixed, policies(mixed))
+    layers = {layer.node: layer.name for layer in pruned.graph.layers if layer.normalised}
+    assert layers
+    live = normalised(learnable(start), layers, iter([mixed.images]))
+    draw = torch.Generator().manual_seed(0)
+    factors = {name: weight for name, weight in live.named_parameters() if name.endswith("norm_factor")}
+    assert factors.keys() == {f"{name}.norm_factor" for name in layers.values()}
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.mul_(0.7 + 0.6 * torch.rand(factor.shape, generator=draw))
+        factors["stem.norm_factor"][0] *= -1
+    tensors, weights, params = learned(start, folded(live, layers, iter([mixed.images])))
+    for name, before in start.weights.items():
+        sign = np.ones_like(before.codes)
+        sign[0] = -1 if name == "stem.weight" else 1
+        assert np.array_equal(weights[name].codes, sign * before.codes)
+    found = quantize_learned(pruned, tensors, start.policy, weights, params, start.numerics)
+    expected = run(live, mixed.images)
+    size = float(expected.abs().max())
+    torch.testing.assert_close(run(found.module, mixed.images), expected, rtol=0, atol=0.02 * size)
 
 
 def test_few_bits_need_training_with_the_codes() -> None:

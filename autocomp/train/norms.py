@@ -1,0 +1,129 @@
+"""Batch normalisation while a model trains whose norms were folded into its layers, folded again at the end."""
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from autocomp.data import Indexed
+from autocomp.data.splits import permutation
+from autocomp.train.qat import step_of
+
+__all__ = ["batch_norm", "folded", "normalised", "samples"]
+
+EPSILON = 1e-5
+STATISTICS = 2048
+"""Images that means and variances are taken over."""
+
+
+def normalised(module: fx.GraphModule, layers: Mapping[str, str], images: Iterator[Tensor]) -> fx.GraphModule:
+    """A module that normalises by each batch what these layers give, and computes what it did on batches like these.
+
+    Training so stands higher learning rates (Ioffe and Szegedy, arXiv:1502.03167, section 3.3). Factors and offsets are
+    those of the data, so that the layers' weights stay what they were; offsets take the biases' place.
+
+    Args:
+        module: with its norms folded.
+        layers: value of each layer that had a norm -> its name; those whose quantized weights share one step stay as
+            they are, for a channel's factor could not be folded into them.
+        images: batches (n, c, h, w).
+    """
+    root: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
+    apart = {value: name for value, name in layers.items() if root.get(step_of(_weight(name)), root[_bias(name)]).ndim}
+    found = _moments(module, apart, images)
+    fresh, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in module.graph.nodes:
+        if node.name not in apart:
+            env[node] = fresh.node_copy(node, env.__getitem__)
+            continue
+        mean, variance = found[node.name]
+        name = apart[node.name]
+        root[_factor(name)] = nn.Parameter((variance + EPSILON).sqrt().float())
+        root[_offset(name)] = nn.Parameter(mean.float())
+        read, weight, _, *rest = fx.map_arg(node.args, env.__getitem__)
+        given = (read, weight, None, *rest)
+        plain = fresh.create_node(node.op, node.target, given, dict(node.kwargs), name=_plain(node.name))
+        parts = (plain, fresh.get_attr(_factor(name)), fresh.get_attr(_offset(name)))
+        env[node] = fresh.create_node("call_function", batch_norm, parts, {}, name=node.name)
+    fresh.eliminate_dead_code()
+    return fx.GraphModule(root, fresh).eval()
+
+
+def folded(
+    module: fx.GraphModule, layers: Mapping[str, str], images: Iterator[Tensor]
+) -> dict[str, NDArray[np.float32]]:
+    """Parameters of the module that `normalised` was given, which compute what this one does on batches like these.
+
+    A quantized layer keeps its codes: a channel's factor goes into its step.
+    """
+    tensors = {name: weight.detach().cpu() for name, weight in module.named_parameters()}
+    apart = {value: name for value, name in layers.items() if _factor(name) in tensors}
+    found = _moments(module, [_plain(value) for value in apart], images)
+    for value, name in apart.items():
+        mean, variance = (moment.cpu() for moment in found[_plain(value)])
+        factor = tensors.pop(_factor(name)) / (variance + EPSILON).sqrt().float()
+        weight, step = _weight(name), step_of(_weight(name))
+        tensors[weight] = tensors[weight] * factor.reshape(-1, *[1] * (tensors[weight].ndim - 1))
+        if step in tensors:
+            tensors[step] = tensors[step] * factor.abs()
+        tensors[_bias(name)] = tensors.pop(_offset(name)) - mean.float() * factor
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def batch_norm(value: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
+    """Each channel with the mean and variance of the batch (n, c, ...) itself; where that is one number, its offset."""
+    return torch.batch_norm(value, factor, offset, None, None, True, 0.0, EPSILON, False)
+
+
+def samples(images: Indexed, batch: int, device: torch.device) -> Iterator[Tensor]:
+    """Images as they are, of all classes however they are ordered."""
+    some = images.take(np.sort(permutation(len(images), 0)[:STATISTICS]))
+    return (torch.from_numpy(pixels).to(device) for pixels, _ in some.batches(batch))
+
+
+def _moments(module: fx.GraphModule, values: Collection[str], images: Iterator[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Value -> means and variances of its channels, (c,) each, in double precision."""
+    sums: dict[str, tuple[Tensor, Tensor, int]] = {}
+
+    class Watch(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.name in values:
+                axes = [axis for axis in range(value.ndim) if axis != 1]
+                variance, mean = (part.double() for part in torch.var_mean(value, axes, correction=0))
+                one, two, count = sums.get(n.name, (0.0, 0.0, 0))
+                size = value.numel() // len(mean)
+                sums[n.name] = one + size * mean, two + size * (variance + mean.square()), count + size
+            return value
+
+    with torch.no_grad():
+        for batch in images:
+            Watch(module).run(batch)
+    return {
+        name: (one / count, (two / count - (one / count).square()).clamp_min(0.0))
+        for name, (one, two, count) in sums.items()
+    }
+
+
+def _weight(layer: str) -> str:
+    return f"{layer}.weight"
+
+
+def _bias(layer: str) -> str:
+    return f"{layer}.bias"
+
+
+def _factor(layer: str) -> str:
+    return f"{layer}.norm_factor"
+
+
+def _offset(layer: str) -> str:
+    return f"{layer}.norm_offset"
+
+
+def _plain(value: str) -> str:
+    """Before it is normalised."""
+    return f"{value}_plain"
