@@ -27,20 +27,18 @@ def normalised(module: fx.GraphModule, layers: Mapping[str, str], images: Iterat
 
     Args:
         module: with its norms folded.
-        layers: value of each layer that had a norm -> its name; those whose quantized weights share one step stay as
-            they are, for a channel's factor could not be folded into them.
+        layers: value of each layer that had a norm -> its name.
         images: batches (n, c, h, w).
     """
     root: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
-    apart = {value: name for value, name in layers.items() if root.get(step_of(_weight(name)), root[_bias(name)]).ndim}
-    found = _moments(module, apart, images)
+    found = _moments(module, layers, images)
     fresh, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
-        if node.name not in apart:
+        if node.name not in layers:
             env[node] = fresh.node_copy(node, env.__getitem__)
             continue
         mean, variance = found[node.name]
-        name = apart[node.name]
+        name = layers[node.name]
         root[_factor(name)] = nn.Parameter((variance + EPSILON).sqrt().float())
         root[_offset(name)] = nn.Parameter(mean.float())
         read, weight, _, *rest = fx.map_arg(node.args, env.__getitem__)
@@ -57,12 +55,11 @@ def folded(
 ) -> dict[str, NDArray[np.float32]]:
     """Parameters of the module that `normalised` was given, which compute what this one does on batches like these.
 
-    A quantized layer keeps its codes: a channel's factor goes into its step.
+    A layer of integers keeps its codes: a channel's factor goes into its step. Float8 is rounded anew.
     """
     tensors = {name: weight.detach().cpu() for name, weight in module.named_parameters()}
-    apart = {value: name for value, name in layers.items() if _factor(name) in tensors}
-    found = _moments(module, [_plain(value) for value in apart], images)
-    for value, name in apart.items():
+    found = _moments(module, [_plain(value) for value in layers], images)
+    for value, name in layers.items():
         mean, variance = (moment.cpu() for moment in found[_plain(value)])
         factor = tensors.pop(_factor(name)) / (variance + EPSILON).sqrt().float()
         weight, step = _weight(name), step_of(_weight(name))
@@ -79,8 +76,8 @@ def batch_norm(value: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 
 
 def samples(images: Indexed, batch: int, device: torch.device) -> Iterator[Tensor]:
-    """Images as they are, of all classes however they are ordered."""
-    some = images.take(np.sort(permutation(len(images), 0)[:STATISTICS]))
+    """Images as they are, classes mixed however they are ordered: each batch is normalised by itself."""
+    some = images.take(permutation(len(images), 0)[:STATISTICS])
     return (torch.from_numpy(pixels).to(device) for pixels, _ in some.batches(batch))
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from autocomp.compress import trace
 from autocomp.train import Training, TrainingRecipe, Tuned, finetune
-from autocomp.train.norms import batch_norm, folded, normalised
+from autocomp.train.norms import batch_norm, folded, normalised, samples
 from tests.train.small import PLAIN, RECIPE, StopError, split, stopping, whole
 
 
@@ -140,3 +140,11 @@ def test_live_norms_stand_rates_at_which_folded_ones_learn_nothing() -> None:
     module.load_state_dict({name: torch.from_numpy(value) for name, value in found.tensors.items()}, strict=False)
     pixels, labels = whole(split())
     assert F.cross_entropy(module(pixels), labels).item() < 0.6 * np.log(4)  # with the norms folded, too
+
+
+def test_batches_that_statistics_are_of_mix_the_classes() -> None:
+    pixels = split(64).take(np.argsort(np.arange(64) % 4, kind="stable"))  # ordered by class
+    known, labels = whole(pixels)
+    for batch in samples(pixels, 16, torch.device("cpu")):
+        found = {int(labels[(known == image).flatten(1).all(1)][0]) for image in batch}
+        assert len(batch) == 16 and len(found) == 4
