@@ -47,7 +47,7 @@ from benchmarks.no_training import EIGHTHS, prepared
 ROLES = ("best", "uniform", "random")
 STEPS = 20
 """Steps that an epoch's cost is taken from."""
-HARD = TrainingRecipe(epochs=10, lr=0.0005, batch=64, optimizer="muon", weight_decay=0.01, hints=20.0)
+HARD = TrainingRecipe(epochs=10, lr=0.0015, batch=64, optimizer="muon", weight_decay=0.01, hints=5.0)
 """Where much is lost."""
 
 
