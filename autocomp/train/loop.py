@@ -38,7 +38,7 @@ ORDER, AUGMENTATION, RANDAUGMENT, MIXUP = range(4)
 
 def finetune(training: Training, observer: Observer) -> Tuned:
     """Train every parameter of a module; module and teacher stay as they are. Batch norms that were not folded keep
-    their statistics.
+    their statistics; those that were may be live meanwhile.
 
     Called again with the same training after any kind of stop it goes on from the checkpoint, and ends with the same
     bits as without a stop.
