@@ -130,7 +130,7 @@ def _trainable(training: Training, device: torch.device) -> nn.Module:
     if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
         student = normalised(student, training.norms, samples(training.images, recipe.batch, device))
     for name, parameter in student.named_parameters():
-        parameter.requires_grad_(name.rpartition(".")[2] not in STATISTICS)
+        parameter.requires_grad_(_learns(name))
     return student
 
 
@@ -139,11 +139,15 @@ def _tensors(student: nn.Module, average: Mapping[str, Tensor], training: Traini
     recipe = training.recipe
     if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
         with torch.no_grad():
-            for name, weight in student.named_parameters():
-                weight.copy_(average[name])
-        device = device_of(recipe)
-        return folded(student, training.norms, samples(training.images, recipe.batch, device))
+            for name, tensor in average.items():
+                student.get_parameter(name).copy_(tensor)
+        some = samples(training.images, recipe.batch, device_of(recipe))
+        return {name: tensor for name, tensor in folded(student, training.norms, some).items() if _learns(name)}
     return {name: tensor.cpu().numpy() for name, tensor in average.items()}
+
+
+def _learns(name: str) -> bool:
+    return name.rpartition(".")[2] not in STATISTICS
 
 
 def _batches(images: Indexed, recipe: TrainingRecipe, done: int, end: int) -> Iterator[Batch]:

@@ -81,7 +81,9 @@ def samples(images: Indexed, batch: int, device: torch.device) -> Iterator[Tenso
     return (torch.from_numpy(pixels).to(device) for pixels, _ in some.batches(batch))
 
 
-def _moments(module: fx.GraphModule, values: Collection[str], images: Iterator[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+def _moments(
+    module: fx.GraphModule, values: Collection[str], images: Iterator[Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Value -> means and variances of its channels, (c,) each, in double precision."""
     sums: dict[str, tuple[Tensor, Tensor, int]] = {}
 

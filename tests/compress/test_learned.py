@@ -95,13 +95,15 @@ def test_weights_scales_and_ranges_learn_and_moved_values_share(mixed: Case) -> 
     assert {name for name in learning if name.endswith("_step")} == steps
 
 
-def test_norms_that_were_not_folded_keep_their_statistics(mixed: Case) -> None:
+@pytest.mark.parametrize("kind", ["folded", "batch"])
+def test_norms_that_were_not_folded_keep_their_statistics(kind: Any, mixed: Case) -> None:
     pruned, start = started(mixed, policies(mixed))
     norms = [name for name in pruned.tensors if name.rpartition(".")[2] in ("running_mean", "running_var")]
     assert norms
-    recipe = TrainingRecipe(epochs=1, batch=16, crop=0, flip=0.0)
+    recipe = TrainingRecipe(epochs=1, batch=16, crop=0, flip=0.0, norms=kind)
+    layers = {layer.node: layer.name for layer in pruned.graph.layers if layer.normalised}
     for module in (pruned.module, learnable(start)):
-        tuned = finetune(Training(module, None, noise(32, 16), recipe), lambda event: None)
+        tuned = finetune(Training(module, None, noise(32, 16), recipe, norms=layers), lambda event: None)
         assert not tuned.tensors.keys() & set(norms)
         assert not np.array_equal(tuned.tensors["joint_bn.weight"], pruned.tensors["joint_bn.weight"])
     tensors, weights, params = learned(start, tuned.tensors)
