@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from autocomp.data import Indexed
 from autocomp.data.preprocess import Preprocess
 from autocomp.data.splits import hash_arrays, permutation
-from autocomp.errors import CompressError, ConfigError, DataError
+from autocomp.errors import CompressError, ConfigError, DataError, ModelError
 from autocomp.outcome import EpochDone, Observer, Phase, Step
 from autocomp.policy import digest_of
 from autocomp.train.augment import Batch, augmented, mixed, randomised
@@ -45,7 +45,7 @@ def finetune(training: Training, observer: Observer) -> Tuned:
 
     Raises:
         DataError: there are no images, or a label is outside of the head.
-        ModelError: the teacher's logits are of another shape.
+        ModelError: the teacher's logits are of another shape, or norms are to be live and none were folded.
         CompressError: the loss or its gradient is not finite; the last good checkpoint stays.
         ConfigError: the device is not here.
     """
@@ -127,7 +127,9 @@ def device_of(recipe: TrainingRecipe) -> torch.device:
 
 def _trainable(training: Training, device: torch.device) -> nn.Module:
     recipe, student = training.recipe, copy.deepcopy(training.module).to(device)
-    if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
+    if recipe.norms == "batch":
+        if not training.norms or not isinstance(student, fx.GraphModule):
+            raise ModelError("no batch norms were folded into the model's layers: leave --norms out")
         student = normalised(student, training.norms, samples(training.images, recipe.batch, device))
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(_learns(name))
@@ -189,4 +191,5 @@ def _key(training: Training) -> str:
 
     models = [content(training.module), content(training.teacher)]
     channels = {name: left.tolist() for name, left in training.channels.items()} if training.recipe.hints else {}
-    return digest_of([training.recipe.to_json(), training.images.digest, *models, channels])
+    norms = dict(training.norms) if training.recipe.norms == "batch" else {}
+    return digest_of([training.recipe.to_json(), training.images.digest, *models, channels, norms])

@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 
 from autocomp.data import Indexed
 from autocomp.data.splits import permutation
-from autocomp.train.qat import step_of
+from autocomp.train.qat import positive, step_of
 
 __all__ = ["batch_norm", "folded", "normalised", "samples"]
 
 EPSILON = 1e-5
-STATISTICS = 2048
+IMAGES = 2048
 """Images that means and variances are taken over."""
 
 
@@ -55,7 +55,8 @@ def folded(
 ) -> dict[str, NDArray[np.float32]]:
     """Parameters of the module that `normalised` was given, which compute what this one does on batches like these.
 
-    A layer of integers keeps its codes: a channel's factor goes into its step. Float8 is rounded anew.
+    A layer of integers keeps its codes: a channel's factor goes into its step (but where that is then below the least
+    that steps may be beside the largest). Float8 is rounded anew.
     """
     tensors = {name: weight.detach().cpu() for name, weight in module.named_parameters()}
     found = _moments(module, [_plain(value) for value in layers], images)
@@ -65,19 +66,20 @@ def folded(
         weight, step = _weight(name), step_of(_weight(name))
         tensors[weight] = tensors[weight] * factor.reshape(-1, *[1] * (tensors[weight].ndim - 1))
         if step in tensors:
-            tensors[step] = tensors[step] * factor.abs()
+            tensors[step] = positive(tensors[step]) * factor.abs()
         tensors[_bias(name)] = tensors.pop(_offset(name)) - mean.float() * factor
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def batch_norm(value: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
     """Each channel with the mean and variance of the batch (n, c, ...) itself; where that is one number, its offset."""
-    return torch.batch_norm(value, factor, offset, None, None, True, 0.0, EPSILON, False)
+    known = (None, None)  # torch.nn.functional's refuses one number
+    return torch.batch_norm(value, factor, offset, *known, True, 0.0, EPSILON, torch.backends.cudnn.enabled)
 
 
 def samples(images: Indexed, batch: int, device: torch.device) -> Iterator[Tensor]:
     """Images as they are, classes mixed however they are ordered: each batch is normalised by itself."""
-    some = images.take(permutation(len(images), 0)[:STATISTICS])
+    some = images.take(permutation(len(images), 0)[:IMAGES])
     return (torch.from_numpy(pixels).to(device) for pixels, _ in some.batches(batch))
 
 
@@ -91,11 +93,13 @@ def _moments(
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.name in values:
-                axes = [axis for axis in range(value.ndim) if axis != 1]
-                variance, mean = (part.double() for part in torch.var_mean(value, axes, correction=0))
+                maps = value.float().reshape(
+                    *value.shape[:2], -1
+                )  # sums over one axis are many times as fast as moments
+                squares = torch.linalg.vector_norm(maps, dim=2).double().square().sum(0)
                 one, two, count = sums.get(n.name, (0.0, 0.0, 0))
-                size = value.numel() // len(mean)
-                sums[n.name] = one + size * mean, two + size * (variance + mean.square()), count + size
+                size = len(maps) * maps.shape[2]
+                sums[n.name] = one + maps.sum(2).double().sum(0), two + squares, count + size
             return value
 
     with torch.no_grad():

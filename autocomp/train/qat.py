@@ -23,7 +23,7 @@ from autocomp.quantization import (
     quantize_fp8,
 )
 
-__all__ = ["Calibrated", "learnable", "learned", "step_of"]
+__all__ = ["Calibrated", "learnable", "learned", "positive", "step_of"]
 
 Arrays = Mapping[str, NDArray[np.float32]]
 WITHIN = 0.49
@@ -99,7 +99,7 @@ def learned(
     """What a trained `learnable` module stands for: float tensors, codes and parameters, by the names of ``start``."""
 
     def scale(owner: str) -> NDArray[np.float32]:
-        return np.asarray(_positive(torch.from_numpy(np.asarray(tensors[step_of(owner)]))).numpy())
+        return np.asarray(positive(torch.from_numpy(np.asarray(tensors[step_of(owner)]))).numpy())
 
     weights = {
         name: codes_at(tensors[name], scale(name), start.numerics, weight.bits)
@@ -126,7 +126,7 @@ def rounded(value: Tensor, step: Tensor, low: int, high: int) -> Tensor:
         step: one for all, or (n,).
         low, high: codes.
     """
-    found: Tensor = _Rounded.apply(value.to(step.dtype), _positive(step), low, high)  # not in half precision
+    found: Tensor = _Rounded.apply(value.to(step.dtype), positive(step), low, high)  # not in half precision
     return found
 
 
@@ -168,7 +168,7 @@ def _along(step: Tensor, value: Tensor) -> Tensor:
     return step.reshape(-1, *[1] * (value.ndim - 1)) if step.ndim else step
 
 
-def _positive(step: Tensor) -> Tensor:
+def positive(step: Tensor) -> Tensor:
     """A step's magnitude; among several none is far below the largest (see `quantize_weight`)."""
     size = step.abs()
     return size.clamp_min(size.detach().max() * SPREAD)

@@ -114,6 +114,8 @@ class TrainingRecipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in get_args(known):
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}: use {' or '.join(get_args(known))}")
+        if self.norms == "batch" and self.batch < 2:
+            raise ConfigError("norms of a batch need two images: give a --batch of 2 at least, or leave --norms out")
         if self.precision != "fp32" and self.device == "cpu":
             raise ConfigError(f"precision {self.precision} is for GPUs: give --device cuda with it, or leave it out")
 

@@ -29,7 +29,7 @@ class Training:
         until: epochs of the recipe's after which to stop for now; None for all of them.
         channels: value -> those of the teacher's channels there that the module has; empty where it has all of them
             everywhere.
-        norms: value of each layer that a batch norm was folded into -> the layer's name.
+        norms: value of each layer of the module that a batch norm was folded into -> the layer's name.
     """
 
     module: nn.Module

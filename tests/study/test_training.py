@@ -5,12 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from autocomp.compress import logits_of
 from autocomp.config import SearchConfig
+from autocomp.errors import ConfigError, ModelError
 from autocomp.outcome import Event, Observer
 from autocomp.policy import INT8, Policy, Precision
 from autocomp.study.score import predict
 from autocomp.study.training import Course, trained, training_images
-from autocomp.study.workbench import prepare
+from autocomp.study.workbench import Workbench, prepare
 from autocomp.train import Training, TrainingRecipe, Tuned, finetune
 from tests.study import tiny
 
@@ -25,13 +27,17 @@ def saved(folder: Path) -> Path:
     return folder / "images.npz"
 
 
+def prepared(model: str, folder: Path) -> Workbench:
+    config = SearchConfig(
+        model=model, data=f"npz:{saved(folder)}", engine="simulated", batch=50, calibration_images=50,
+        search_images=50, selection_images=50,
+    )  # fmt: skip
+    return prepare(config, ignore)
+
+
 @pytest.mark.parametrize("precisions", [{}, {"0": INT8, "3": INT8, "7": INT8}], ids=["fp32", "int8"])
 def test_norms_that_were_folded_are_live_in_training(precisions: dict[str, Precision], tmp_path: Path) -> None:
-    config = SearchConfig(
-        model="tests.study.tiny:normed", data=f"npz:{saved(tmp_path)}", engine="simulated", batch=50,
-        calibration_images=50, search_images=50, selection_images=50,
-    )  # fmt: skip
-    bench = prepare(config, ignore)
+    bench = prepared("tests.study.tiny:normed", tmp_path)
     given: list[tuple[Training, Tuned]] = []
 
     def trainer(training: Training, observer: Observer) -> Tuned:
@@ -50,3 +56,24 @@ def test_norms_that_were_folded_are_live_in_training(precisions: dict[str, Preci
     with bench.backend.build(bench.emitter.emit(bench.emitter.finish(policy))) as engine:
         before = predict(engine, bench.splits.test).accuracy
     assert before < 0.4 and after > 0.6
+
+
+@pytest.mark.parametrize("precisions", [{}, {"stem": INT8, "second.0": INT8, "second.3": INT8}], ids=["fp32", "int8"])
+def test_norms_of_a_dropped_branch_are_gone(precisions: dict[str, Precision], tmp_path: Path) -> None:
+    bench = prepared("tests.study.tiny:Residual", tmp_path)
+    recipe = TrainingRecipe(epochs=1, batch=64, lr=1e-6, crop=0, flip=0.0, norms="batch")
+    course = Course(bench, training_images(bench.splits), recipe, ignore, tmp_path)
+    compressed, _ = trained(course, Policy({"second.0": 12}, frozenset({"first"}), precisions))
+    before = bench.emitter.finish(compressed.policy)
+    pixels = next(iter(bench.splits.test.batches(100)))[0]
+    found, wanted = (logits_of(one.module, pixels) for one in (compressed, before))
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted).max()  # nothing was learned, nothing is lost
+
+
+def test_norms_that_are_not_there_cannot_be_live(tmp_path: Path) -> None:
+    bench = prepared("tests.study.tiny:model", tmp_path)
+    recipe = TrainingRecipe(epochs=1, norms="batch")
+    with pytest.raises(ModelError, match=r"no batch norms were folded .* leave --norms out"):
+        trained(Course(bench, training_images(bench.splits), recipe, ignore, tmp_path), Policy())
+    with pytest.raises(ConfigError, match="need two images"):
+        TrainingRecipe(batch=1, norms="batch")

@@ -100,7 +100,7 @@ def finetune_on_ray(training: Training, observer: Observer) -> Tuned:
     _, best = min(ended, key=lambda end: (-end[0].get("epoch", 0), end[0].get("loss", inf)))
     shutil.rmtree(records)
     chosen, kept = job.at(best["lr"])
-    return finetune(replace(training, recipe=chosen, checkpoint=kept), observer)  # of which nothing is left to do
+    return finetune(replace(training, recipe=chosen, checkpoint=kept), observer)  # none of whose steps is left to do
 
 
 def _train(config: Mapping[str, Any], job: _Job) -> None:
