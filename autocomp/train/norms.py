@@ -93,9 +93,8 @@ def _moments(
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.name in values:
-                maps = value.float().reshape(
-                    *value.shape[:2], -1
-                )  # sums over one axis are many times as fast as moments
+                # sums over one axis, for torch's moments over several take many times as long
+                maps = value.float().reshape(*value.shape[:2], -1)
                 squares = torch.linalg.vector_norm(maps, dim=2).double().square().sum(0)
                 one, two, count = sums.get(n.name, (0.0, 0.0, 0))
                 size = len(maps) * maps.shape[2]
