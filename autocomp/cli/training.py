@@ -25,7 +25,7 @@ from autocomp.cli.output import print_found, watched
 __all__ = ["add_training_commands"]
 
 Epochs = Annotated[int | None, typer.Option(help="over the training images [5]")]
-Rate = Annotated[float | None, typer.Option(help="the highest learning rate [0.01]; adamw and muon want less: 0.0005")]
+Rate = Annotated[float | None, typer.Option(help="the highest learning rate [0.01]; adamw and muon want less: 0.001")]
 OF_TRAINING = ("epochs", "lr", "slimming", "soft_pruning")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autocomp.channel_moments import channel_moments
 from autocomp.compress.affine import Norm
 from autocomp.compress.surgery import batches
 from autocomp.graph import LayerGraph
@@ -62,11 +63,7 @@ class _Average:
 
     def add(self, output: Tensor) -> Tensor:
         """Take in one batch of a layer's output (n, channels, ...) and return it normalised."""
-        flat = output.reshape(*output.shape[:2], -1)  # torch.var_mean over several axes is many times slower
-        count = flat.shape[0] * flat.shape[2]
-        mean = flat.sum(2).sum(0, dtype=torch.float64) / count
-        square = torch.linalg.vector_norm(flat, dim=2).double().square().sum(0) / count
-        variance = (square - mean.square()).clamp_min(0.0)
+        mean, variance, count = channel_moments(output)
         mean, variance = mean.float(), variance.float()
         self.batches += 1
         self.mean = self.mean + mean

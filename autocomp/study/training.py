@@ -86,8 +86,8 @@ def trained(course: Course, policy: Policy, until: int | None = None) -> tuple[C
 
     def train(module: Any) -> Tuned:
         kept, channels = checkpoint_of(course.folder, policy), channels_left(bench.traced.graph, pruned.kept)
-        values = {node.name for node in module.graph.nodes}  # those of dropped branches are gone
-        norms = {x.node: x.name for x in pruned.graph.layers if x.normalised and x.node in values}
+        present = {node.name for node in module.graph.nodes}  # those of dropped branches are gone
+        norms = [layer for layer in pruned.graph.layers if layer.normalised and layer.node in present]
         training = Training(module, bench.traced.module, course.images, recipe, kept, until, channels, norms)
         return course.trainer(training, course.observer)
 

@@ -1,5 +1,6 @@
-"""Random changes of training images: crops, flips, RandAugment and mixup."""
+"""Training images as tensors, and their random changes: crops, flips, RandAugment and mixup."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from autocomp.data import Split
 from autocomp.data.preprocess import Preprocess
 
-__all__ = ["Batch", "augmented", "mixed", "randomised"]
+__all__ = ["Batch", "augmented", "mixed", "pixels_of", "randomised"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Batch:
         """The same on a device."""
         images, labels, others = (tensor.to(device) for tensor in (self.images, self.labels, self.others))
         return replace(self, images=images, labels=labels, others=others)
+
+
+def pixels_of(images: Split, size: int, device: torch.device | str) -> Iterator[Tensor]:
+    """Batches of images as they are, (size, c, h, w) each but for the rest."""
+    return (torch.from_numpy(batch).to(device) for batch, _ in images.batches(size))
 
 
 def augmented(images: Tensor, crop: int, flip: float, generator: torch.Generator) -> Tensor:

@@ -22,7 +22,7 @@ from autocomp.train.norms import folded, normalised, samples
 from autocomp.train.objective import objective
 from autocomp.train.optimizers import optimizers
 from autocomp.train.recipe import TrainingRecipe
-from autocomp.train.sparse import filters_of, soften
+from autocomp.train.sparse import filled, filters_of, soften
 from autocomp.train.training import Training, Tuned
 
 __all__ = ["device_of", "finetune"]
@@ -138,14 +138,13 @@ def _trainable(training: Training, device: torch.device) -> nn.Module:
 
 def _tensors(student: nn.Module, average: Mapping[str, Tensor], training: Training) -> dict[str, NDArray[np.float32]]:
     """The average, by the names of the module that was given."""
-    recipe = training.recipe
-    if recipe.norms == "batch" and isinstance(student, fx.GraphModule):
-        with torch.no_grad():
-            for name, tensor in average.items():
-                student.get_parameter(name).copy_(tensor)
-        some = samples(training.images, recipe.batch, device_of(recipe))
-        return {name: tensor for name, tensor in folded(student, training.norms, some).items() if _learns(name)}
-    return {name: tensor.cpu().numpy() for name, tensor in average.items()}
+    recipe, tensors = training.recipe, {name: tensor.cpu().numpy() for name, tensor in average.items()}
+    if recipe.norms == "folded":
+        return tensors
+    live = filled(student, tensors)
+    assert isinstance(live, fx.GraphModule)  # as `_trainable` makes it
+    some = samples(training.images, recipe.batch, device_of(recipe))
+    return {name: tensor for name, tensor in folded(live, training.norms, some).items() if _learns(name)}
 
 
 def _learns(name: str) -> bool:
@@ -191,5 +190,5 @@ def _key(training: Training) -> str:
 
     models = [content(training.module), content(training.teacher)]
     channels = {name: left.tolist() for name, left in training.channels.items()} if training.recipe.hints else {}
-    norms = dict(training.norms) if training.recipe.norms == "batch" else {}
+    norms = [layer.name for layer in training.norms] if training.recipe.norms == "batch" else []
     return digest_of([training.recipe.to_json(), training.images.digest, *models, channels, norms])

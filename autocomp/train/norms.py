@@ -1,6 +1,6 @@
 """Batch normalisation while a model trains whose norms were folded into its layers, folded again at the end."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from autocomp.channel_moments import channel_moments
 from autocomp.data import Indexed
 from autocomp.data.splits import permutation
+from autocomp.parts import Layer
+from autocomp.train.augment import pixels_of
 from autocomp.train.qat import positive, step_of
 
 __all__ = ["batch_norm", "folded", "normalised", "samples"]
@@ -19,7 +22,7 @@ IMAGES = 2048
 """Images that means and variances are taken over."""
 
 
-def normalised(module: fx.GraphModule, layers: Mapping[str, str], images: Iterator[Tensor]) -> fx.GraphModule:
+def normalised(module: fx.GraphModule, layers: Collection[Layer], images: Iterator[Tensor]) -> fx.GraphModule:
     """A module that normalises by each batch what these layers give, and computes what it did on batches like these.
 
     Training so stands higher learning rates (Ioffe and Szegedy, arXiv:1502.03167, section 3.3). Factors and offsets are
@@ -27,31 +30,32 @@ def normalised(module: fx.GraphModule, layers: Mapping[str, str], images: Iterat
 
     Args:
         module: with its norms folded.
-        layers: value of each layer that had a norm -> its name.
+        layers: those that had a norm.
         images: batches (n, c, h, w).
     """
     root: dict[str, Any] = dict(module.named_parameters()) | dict(module.named_buffers())
-    found = _moments(module, layers, images)
+    known = {layer.node: layer for layer in layers}
+    found = _moments(module, known, images)
     fresh, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
-        if node.name not in layers:
+        layer = known.get(node.name)
+        if layer is None:
             env[node] = fresh.node_copy(node, env.__getitem__)
             continue
         mean, variance = found[node.name]
-        name = layers[node.name]
-        root[_factor(name)] = nn.Parameter((variance + EPSILON).sqrt().float())
-        root[_offset(name)] = nn.Parameter(mean.float())
+        root[_factor(layer)] = nn.Parameter((variance + EPSILON).sqrt().float())
+        root[_offset(layer)] = nn.Parameter(mean.float())
         read, weight, _, *rest = fx.map_arg(node.args, env.__getitem__)
         given = (read, weight, None, *rest)
-        plain = fresh.create_node(node.op, node.target, given, dict(node.kwargs), name=_plain(node.name))
-        parts = (plain, fresh.get_attr(_factor(name)), fresh.get_attr(_offset(name)))
+        plain = fresh.create_node(node.op, node.target, given, dict(node.kwargs), name=_plain(layer))
+        parts = (plain, fresh.get_attr(_factor(layer)), fresh.get_attr(_offset(layer)))
         env[node] = fresh.create_node("call_function", batch_norm, parts, {}, name=node.name)
     fresh.eliminate_dead_code()
     return fx.GraphModule(root, fresh).eval()
 
 
 def folded(
-    module: fx.GraphModule, layers: Mapping[str, str], images: Iterator[Tensor]
+    module: fx.GraphModule, layers: Collection[Layer], images: Iterator[Tensor]
 ) -> dict[str, NDArray[np.float32]]:
     """Parameters of the module that `normalised` was given, which compute what this one does on batches like these.
 
@@ -59,15 +63,15 @@ def folded(
     that steps may be beside the largest). Float8 is rounded anew.
     """
     tensors = {name: weight.detach().cpu() for name, weight in module.named_parameters()}
-    found = _moments(module, [_plain(value) for value in layers], images)
-    for value, name in layers.items():
-        mean, variance = (moment.cpu() for moment in found[_plain(value)])
-        factor = tensors.pop(_factor(name)) / (variance + EPSILON).sqrt().float()
-        weight, step = _weight(name), step_of(_weight(name))
-        tensors[weight] = tensors[weight] * factor.reshape(-1, *[1] * (tensors[weight].ndim - 1))
+    found = _moments(module, [_plain(layer) for layer in layers], images)
+    for layer in layers:
+        mean, variance = (moment.cpu() for moment in found[_plain(layer)])
+        factor = tensors.pop(_factor(layer)) / (variance + EPSILON).sqrt().float()
+        weight, step = tensors[layer.weight], step_of(layer.weight)
+        tensors[layer.weight] = weight * factor.reshape(-1, *[1] * (weight.ndim - 1))
         if step in tensors:
             tensors[step] = positive(tensors[step]) * factor.abs()
-        tensors[_bias(name)] = tensors.pop(_offset(name)) - mean.float() * factor
+        tensors[layer.bias] = tensors.pop(_offset(layer)) - mean.float() * factor
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
@@ -79,8 +83,7 @@ def batch_norm(value: Tensor, factor: Tensor, offset: Tensor) -> Tensor:
 
 def samples(images: Indexed, batch: int, device: torch.device) -> Iterator[Tensor]:
     """Images as they are, classes mixed however they are ordered: each batch is normalised by itself."""
-    some = images.take(permutation(len(images), 0)[:IMAGES])
-    return (torch.from_numpy(pixels).to(device) for pixels, _ in some.batches(batch))
+    return pixels_of(images.take(permutation(len(images), 0)[:IMAGES]), batch, device)
 
 
 def _moments(
@@ -93,12 +96,9 @@ def _moments(
         def run_node(self, n: fx.Node) -> Any:
             value = super().run_node(n)
             if n.name in values:
-                # sums over one axis, for torch's moments over several take many times as long
-                maps = value.float().reshape(*value.shape[:2], -1)
-                squares = torch.linalg.vector_norm(maps, dim=2).double().square().sum(0)
+                mean, variance, size = channel_moments(value.float())
                 one, two, count = sums.get(n.name, (0.0, 0.0, 0))
-                size = len(maps) * maps.shape[2]
-                sums[n.name] = one + maps.sum(2).double().sum(0), two + squares, count + size
+                sums[n.name] = one + size * mean, two + size * (variance + mean.square()), count + size
             return value
 
     with torch.no_grad():
@@ -110,22 +110,14 @@ def _moments(
     }
 
 
-def _weight(layer: str) -> str:
-    return f"{layer}.weight"
+def _factor(layer: Layer) -> str:
+    return f"{layer.name}.norm_factor"
 
 
-def _bias(layer: str) -> str:
-    return f"{layer}.bias"
+def _offset(layer: Layer) -> str:
+    return f"{layer.name}.norm_offset"
 
 
-def _factor(layer: str) -> str:
-    return f"{layer}.norm_factor"
-
-
-def _offset(layer: str) -> str:
-    return f"{layer}.norm_offset"
-
-
-def _plain(value: str) -> str:
-    """Before it is normalised."""
-    return f"{value}_plain"
+def _plain(layer: Layer) -> str:
+    """Its value before it is normalised."""
+    return f"{layer.node}_plain"

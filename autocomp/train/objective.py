@@ -1,7 +1,7 @@
 """What training minimises: errors on labels, and distance from what the uncompressed model says and looks at."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autocomp.data import Indexed, Split
+from autocomp.data import Indexed
 from autocomp.errors import DataError, ModelError
-from autocomp.train.augment import Batch
+from autocomp.train.augment import Batch, pixels_of
 from autocomp.train.maps import attention_distance, hint_distance, stages, tapped
 from autocomp.train.recipe import TrainingRecipe
 from autocomp.train.sparse import factors_of, slimming
@@ -54,7 +54,7 @@ def _learnt(student: nn.Module, training: Training) -> Loss:
     if recipe.attention == recipe.hints == 0:
         ask = _answers(teacher, images, recipe)
         return lambda batch: _loss(student(batch.images), batch, ask(batch.images, batch.indices), recipe)
-    names = stages(student, teacher, next(_pixels(images.take(np.arange(1)), 1, recipe.device)))
+    names = stages(student, teacher, next(pixels_of(images.take(np.arange(1)), 1, recipe.device)))
     own, theirs = tapped(student, names), tapped(teacher, names)
     hinted = [place for place, name in enumerate(names) if name in training.channels or not training.channels]
     if recipe.hints and not hinted:
@@ -122,8 +122,8 @@ def _answers(
     @cache
     def table() -> Tensor | None:
         parts: list[Tensor] = []
-        for pixels in _pixels(images, recipe.batch, recipe.device):
-            parts.append(_logits(teacher, pixels))
+        for batch in pixels_of(images, recipe.batch, recipe.device):
+            parts.append(_logits(teacher, batch))
             if parts[0][0].numel() * parts[0].element_size() * len(images) > CACHE_BYTES:
                 return None
         return torch.cat(parts)
@@ -133,10 +133,6 @@ def _answers(
         return _logits(teacher, pixels) if known is None else known[torch.from_numpy(indices)]
 
     return ask
-
-
-def _pixels(images: Split, size: int, device: str) -> Iterator[Tensor]:
-    return (torch.from_numpy(pixels).to(device) for pixels, _ in images.batches(size))
 
 
 def _logits(teacher: nn.Module, pixels: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What a training is given, and what comes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from torch import nn
 
 from autocomp.data import Indexed
 from autocomp.outcome import Observer
+from autocomp.parts import Layer
 from autocomp.train.recipe import TrainingRecipe
 
 __all__ = ["Trainer", "Training", "Tuned"]
@@ -29,7 +30,7 @@ class Training:
         until: epochs of the recipe's after which to stop for now; None for all of them.
         channels: value -> those of the teacher's channels there that the module has; empty where it has all of them
             everywhere.
-        norms: value of each layer of the module that a batch norm was folded into -> the layer's name.
+        norms: layers of the module that a batch norm was folded into.
     """
 
     module: nn.Module
@@ -39,7 +40,7 @@ class Training:
     checkpoint: Path | None = None
     until: int | None = None
     channels: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
-    norms: Mapping[str, str] = field(default_factory=dict)
+    norms: Collection[Layer] = ()
 
     @property
     def epochs(self) -> int:

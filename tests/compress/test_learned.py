@@ -101,7 +101,7 @@ def test_norms_that_were_not_folded_keep_their_statistics(kind: Any, mixed: Case
     norms = [name for name in pruned.tensors if name.rpartition(".")[2] in ("running_mean", "running_var")]
     assert norms
     recipe = TrainingRecipe(epochs=1, batch=16, crop=0, flip=0.0, norms=kind)
-    layers = {layer.node: layer.name for layer in pruned.graph.layers if layer.normalised}
+    layers = [layer for layer in pruned.graph.layers if layer.normalised]
     for module in (pruned.module, learnable(start)):
         tuned = finetune(Training(module, None, noise(32, 16), recipe, norms=layers), lambda event: None)
         assert not tuned.tensors.keys() & set(norms)
@@ -137,12 +137,12 @@ def test_the_engine_computes_what_was_trained(chain: Case) -> None:
 
 def test_factors_of_live_norms_go_into_steps_and_leave_codes_alone(mixed: Case) -> None:
     pruned, start = started(mixed, policies(mixed))
-    layers = {layer.node: layer.name for layer in pruned.graph.layers if layer.normalised}
+    layers = [layer for layer in pruned.graph.layers if layer.normalised]
     assert layers
     live = normalised(learnable(start), layers, iter([mixed.images]))
     draw = torch.Generator().manual_seed(0)
     factors = {name: weight for name, weight in live.named_parameters() if name.endswith("norm_factor")}
-    assert factors.keys() == {f"{name}.norm_factor" for name in layers.values()}
+    assert factors.keys() == {f"{layer.name}.norm_factor" for layer in layers}
     with torch.no_grad():
         for factor in factors.values():
             factor.mul_(0.7 + 0.6 * torch.rand(factor.shape, generator=draw))

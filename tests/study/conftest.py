@@ -42,9 +42,8 @@ def model() -> Case:
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of a small trained network, its best pruned hard; its latency is an estimate."""
     folder = tmp_path_factory.mktemp("finetune")
-    train, test = tiny.images(900, 0), tiny.images(400, 1)
-    np.savez(folder / "images.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
-    images = ArraySplit(*train, np.arange(900), IMAGENET, "tiny")
+    tiny.saved(folder / "images.npz", 900, 400)
+    images = ArraySplit(*tiny.images(900, 0), np.arange(900), IMAGENET, "tiny")
     recipe = TrainingRecipe(epochs=3, lr=0.05, batch=64, crop=0, flip=0.0)  # not to its end
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

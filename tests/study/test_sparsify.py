@@ -25,9 +25,7 @@ SETTINGS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
-    path = tmp_path_factory.mktemp("sparse") / "images.npz"
-    train, test = tiny.images(700, 0), tiny.images(200, 1)
-    np.savez(path, x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
+    path = tiny.saved(tmp_path_factory.mktemp("sparse") / "images.npz", 700, 200)
     return SearchConfig(
         model="tests.study.tiny:normed", data=f"npz:{path}", calibration_images=50, search_images=50,
         selection_images=100,

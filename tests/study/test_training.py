@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from autocomp.compress import logits_of
 from autocomp.config import SearchConfig
 from autocomp.errors import ConfigError, ModelError
+from autocomp.models.zoo import build_zoo
 from autocomp.outcome import Event, Observer
 from autocomp.policy import INT8, Policy, Precision
 from autocomp.study.score import predict
@@ -21,16 +24,11 @@ def ignore(event: Event) -> None:
     del event
 
 
-def saved(folder: Path) -> Path:
-    train, test = tiny.images(500, 0), tiny.images(200, 1)
-    np.savez(folder / "images.npz", x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1])
-    return folder / "images.npz"
-
-
-def prepared(model: str, folder: Path) -> Workbench:
+def prepared(model: str, folder: Path, weights: Path | None = None) -> Workbench:
+    data = tiny.saved(folder / "images.npz", 500, 200)
     config = SearchConfig(
-        model=model, data=f"npz:{saved(folder)}", engine="simulated", batch=50, calibration_images=50,
-        search_images=50, selection_images=50,
+        model=model, weights=str(weights) if weights else None, data=f"npz:{data}", engine="simulated", batch=50,
+        calibration_images=50, search_images=50, selection_images=50,
     )  # fmt: skip
     return prepare(config, ignore)
 
@@ -49,7 +47,7 @@ def test_norms_that_were_folded_are_live_in_training(precisions: dict[str, Preci
     policy = Policy({"0": 12}, frozenset(), precisions)
     compressed, _ = trained(course, policy)
     ((training, tuned),) = given
-    assert sorted(training.norms.values()) == ["0", "3"]
+    assert sorted(layer.name for layer in training.norms) == ["0", "3"]
     assert tuned.tensors.keys() == dict(training.module.named_parameters()).keys()
     with bench.backend.build(bench.emitter.emit(compressed)) as engine:
         after = predict(engine, bench.splits.test).accuracy
@@ -58,12 +56,16 @@ def test_norms_that_were_folded_are_live_in_training(precisions: dict[str, Preci
     assert before < 0.4 and after > 0.6
 
 
-@pytest.mark.parametrize("precisions", [{}, {"stem": INT8, "second.0": INT8, "second.3": INT8}], ids=["fp32", "int8"])
-def test_norms_of_a_dropped_branch_are_gone(precisions: dict[str, Precision], tmp_path: Path) -> None:
-    bench = prepared("tests.study.tiny:Residual", tmp_path)
+@pytest.mark.parametrize("integer", [(), ("conv1", "layer2.0.conv1", "layer2.0.conv2")], ids=["fp32", "int8"])
+def test_norms_of_a_dropped_branch_are_gone(integer: tuple[str, ...], tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(build_zoo("resnet8", 4).state_dict(), tmp_path / "weights.safetensors")
+    bench = prepared("zoo:resnet8", tmp_path, tmp_path / "weights.safetensors")
     recipe = TrainingRecipe(epochs=1, batch=64, lr=1e-6, crop=0, flip=0.0, norms="batch")
     course = Course(bench, training_images(bench.splits), recipe, ignore, tmp_path)
-    compressed, _ = trained(course, Policy({"second.0": 12}, frozenset({"first"}), precisions))
+    policy = Policy({"layer2.0.conv1": 24}, frozenset({"layer1.0"}), dict.fromkeys(integer, INT8))
+    compressed, _ = trained(course, policy)
     before = bench.emitter.finish(compressed.policy)
     pixels = next(iter(bench.splits.test.batches(100)))[0]
     found, wanted = (logits_of(one.module, pixels) for one in (compressed, before))

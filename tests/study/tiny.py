@@ -1,8 +1,10 @@
 """A network and images that a search takes seconds for."""
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 
 def model() -> nn.Module:
@@ -20,32 +22,6 @@ def normed() -> nn.Module:
     )  # fmt: skip
 
 
-class Residual(nn.Module):
-    """Two residual branches with batch norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(3, 16, 3, 1, 1), nn.BatchNorm2d(16)
-        self.first, self.second = (
-            nn.Sequential(
-                nn.Conv2d(16, 16, 3, 1, 1),
-                nn.BatchNorm2d(16),
-                nn.ReLU(),
-                nn.Conv2d(16, 16, 3, 1, 1),
-                nn.BatchNorm2d(16),
-            )
-            for _ in range(2)
-        )
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(self.stem(x)).relu()
-        x = (x + self.first(x)).relu()
-        x = (x + self.second(x)).relu()
-        logits: Tensor = self.head(x.mean((2, 3)))
-        return logits
-
-
 def images(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Noise, one quadrant of which is a little brighter: its number is the label."""
     draw = np.random.default_rng(seed)
@@ -54,3 +30,10 @@ def images(count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]
         row, column = divmod(label, 2)
         image[4 * row : 4 * row + 4, 4 * column : 4 * column + 4] += 18
     return pixels, labels
+
+
+def saved(path: Path, training: int, test: int) -> Path:
+    """So many images of each part, as ``--data npz:`` takes them."""
+    (x_train, y_train), (x_test, y_test) = images(training, 0), images(test, 1)
+    np.savez(path, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
+    return path

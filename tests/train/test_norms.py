@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from autocomp.compress import trace
+from autocomp.outcome import Observer
+from autocomp.parts import Layer
 from autocomp.train import Training, TrainingRecipe, Tuned, finetune
 from autocomp.train.norms import batch_norm, folded, normalised, samples
 from tests.train.small import PLAIN, RECIPE, StopError, split, stopping, whole
@@ -43,9 +45,9 @@ def network(seed: int = 0) -> Net:
     return net.eval().requires_grad_(False)
 
 
-def layers_of(net: nn.Module) -> tuple[torch.fx.GraphModule, dict[str, str]]:
+def layers_of(net: nn.Module) -> tuple[torch.fx.GraphModule, list[Layer]]:
     traced = trace(net, torch.randn(2, 3, 8, 8))
-    return traced.module, {layer.node: layer.name for layer in traced.graph.layers if layer.normalised}
+    return traced.module, [layer for layer in traced.graph.layers if layer.normalised]
 
 
 def images() -> Iterator[Tensor]:
@@ -55,7 +57,7 @@ def images() -> Iterator[Tensor]:
 def test_live_norms_compute_what_folded_ones_did() -> None:
     """On the whole batch that means and variances are of."""
     module, layers = layers_of(network())
-    assert sorted(layers.values()) == ["deep", "first"]
+    assert sorted(layer.name for layer in layers) == ["deep", "first"]
     live = normalised(module, layers, images())
     (pixels,) = images()
     torch.testing.assert_close(live(pixels), module(pixels), rtol=1e-4, atol=1e-4)
@@ -115,10 +117,9 @@ def test_one_number_is_its_offset() -> None:
     torch.testing.assert_close(found.flatten(), offset, rtol=0, atol=1e-3)
 
 
-def trained(recipe: TrainingRecipe, checkpoint: Path | None = None, **more: object) -> Tuned:
+def trained(recipe: TrainingRecipe, checkpoint: Path | None = None, observer: Observer = lambda event: None) -> Tuned:
     module, layers = layers_of(network())
-    observer = more.pop("observer", lambda event: None)
-    return finetune(Training(module, None, split(), recipe, checkpoint, norms=layers), observer)  # type: ignore[arg-type]
+    return finetune(Training(module, None, split(), recipe, checkpoint, norms=layers), observer)
 
 
 def test_a_stopped_training_with_live_norms_ends_with_the_same_bits(tmp_path: Path) -> None:
