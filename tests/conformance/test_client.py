@@ -16,8 +16,6 @@ from autocomp.study.study import journaled_trials
 
 STARTED_S = 120.0
 """Longest wait for a head on a busy machine."""
-TRIES = 3
-"""Ray forks a server for each client while its other threads run, and now and then that dies within milliseconds."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -80,13 +78,10 @@ def test_a_search_may_use_a_clusters_client_port(head: Head, environment: dict[s
         "--search-images=32 --selection-images=32 --trials=2 --baseline-trials=0 --finalists=1 --budget=0.7x "
         f"--executor=ray --address=ray://127.0.0.1:{head.port} --out={tmp_path / 'run'}"
     )
-    for _ in range(TRIES):
-        done = subprocess.run(
-            [sys.executable, "-m", "autocomp", "search", *flags.split()],
-            env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        if "Starting Ray client server failed" not in done.stdout + done.stderr:
-            break
+    done = subprocess.run(
+        [sys.executable, "-m", "autocomp", "search", *flags.split()],
+        env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
     assert done.returncode == 3, done.stdout + done.stderr + head.said()  # a simulated engine verifies nothing
     assert "on 1 workers" in done.stdout + done.stderr
     assert any(trial.status == "ok" for trial in journaled_trials(Run.entries_of(tmp_path / "run")))

@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from autocomp.study import executors
 from autocomp.study.executors import Kit
 from autocomp.study.executors import ray as rays
 from autocomp.study.executors.kit import open_kit, receive, send
-from autocomp.study.executors.ray import room
+from autocomp.study.executors.ray import connect, room
 from autocomp.study.executors.ray.room import Node
 from autocomp.study.run import Manifest, Run
 from autocomp.study.score import Predictions, Scorer
@@ -76,6 +78,35 @@ def test_nobody_at_the_address_is_one_line(
     monkeypatch.setattr(ray, "init", lambda *arguments, **options: pytest.fail("it waits for minutes"))
     with pytest.raises(ConfigError, match=f"no Ray cluster answers at .*{words} .*ray start --head"):
         rays.check(replace(CONFIG, address=address))
+
+
+LOST = "Starting Ray client server failed. See ray_client_server_23000.err for detailed logs."
+
+
+@pytest.mark.parametrize(
+    ("said", "calls"), [([LOST], 2), ([LOST, LOST], 3), ([LOST] * 4, 3), (["The client has been refused."] * 2, 1)]
+)
+def test_a_server_that_ray_loses_at_its_start_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, said: list[str], calls: int
+) -> None:
+    asked, left = [], iter(said)
+
+    def init(address: str, **options: Any) -> None:
+        asked.append(address)
+        if (words := next(left, None)) is not None:
+            raise ConnectionAbortedError(f"Initialization failure from server:\n{words}")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(connect, "check_room", lambda config: None)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"ray://127.0.0.1:{server.getsockname()[1]}"
+        answered = (
+            nullcontext() if calls > len(said) else pytest.raises(ConfigError, match=f"cannot be used.*{said[0]}")
+        )
+        with answered:
+            rays.check(replace(CONFIG, address=address))
+    assert asked == [address] * calls
 
 
 def test_a_cluster_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,9 @@ __all__ = ["ANSWER_S", "check"]
 
 ANSWER_S = 5.0
 """Longest wait for an address to accept a connection."""
+ATTEMPTS = 3
+"""Ray forks a server for each client while its other threads run, and now and then one is dead within milliseconds."""
+_LOST = "Starting Ray client server failed"
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what 'ray get-auth-token' prints on its head"
 LOOK_S = 30.0
 """Longest wait for the nodes to say whether they see a folder."""
@@ -68,10 +71,19 @@ def _connect(address: str | None) -> None:
         ) from error
     try:
         with _hushed():
-            ray.init(address, include_dashboard=None if where != "local" else False, logging_level=logging.ERROR,
-                     log_to_driver=False)  # fmt: skip
+            _begin(address, dashboard=None if where != "local" else False)
     except (OSError, ValueError, RuntimeError, RayError) as error:
         raise ConfigError(f"the Ray cluster at {where} cannot be used: {_said(error)}") from error
+
+
+def _begin(address: str | None, dashboard: bool | None, attempts: int = ATTEMPTS) -> None:
+    """As `ray.init`, and again where a client's server was lost at its start."""
+    try:
+        ray.init(address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+    except ConnectionAbortedError as error:
+        if _LOST not in str(error) or attempts == 1:
+            raise
+        _begin(address, dashboard, attempts - 1)
 
 
 @contextmanager
