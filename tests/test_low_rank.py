@@ -11,10 +11,11 @@ from onnx import numpy_helper
 from torch import nn
 
 from autocomp.capabilities import Capabilities
-from autocomp.compress import collect, compress, export_compressed, export_onnx, run, structure, trace
+from autocomp.compress import collect, compress, energies, export_compressed, export_onnx, run, structure, trace
 from autocomp.compress.low_rank import factors
 from autocomp.compress.moments import Moments
 from autocomp.compress.statistics import Statistics
+from autocomp.compress.surgery import kept_positions
 from autocomp.compress.tracing import Traced
 from autocomp.engines import BackendSpec, emit, int8_layers, load_template, structure_digest, with_codes
 from autocomp.engines.onnxruntime import OnnxRuntimeBackend
@@ -90,6 +91,34 @@ def test_a_pair_is_the_nearest_of_its_rank() -> None:
     torch.testing.assert_close(left, (weight.flatten(1).double() @ known.mean).float() + bias)
     spread = first.flatten(1) @ known.gram @ first.flatten(1).T
     torch.testing.assert_close(spread, torch.eye(2), rtol=1e-3, atol=1e-3)
+
+
+def test_energies_are_what_pairs_keep(case: Case) -> None:
+    """Against the variance that the nearest pair leaves, by brute force; of the whole model and of half of it."""
+    graph = case.traced.graph
+    halves = Policy({group.name: group.channels // 2 for group in graph.groups})
+    for policy in (Policy(), halves):
+        numerics = Capabilities().numerics
+        found = compress(case.traced, case.statistics, policy, RECIPE, numerics, case.images)
+        kept = energies(case.traced, case.statistics, found.kept, found.tensors)
+        assert kept.keys() == {layer.name for layer in graph.layers if layer.most_rank}
+        for name in ("block.conv2", "last", "hidden"):
+            layer, known = graph.layer_by_name[name], case.statistics.moments[name]
+            weight, bias = (torch.from_numpy(found.tensors[each]) for each in (layer.weight, layer.bias))
+            rows = kept_positions(graph, found.kept).get((layer.weight, 1))
+            if rows is not None:
+                places = (known.pooled == 1 and weight[0, 0].numel()) or 1  # a feature each
+                features = (torch.from_numpy(rows)[:, None] * places + torch.arange(places)).flatten()
+                known = Moments(known.mean[features], known.gram[features][:, features], known.pooled)
+            gram = torch.kron(known.gram, torch.eye(known.pooled)).double().numpy()
+            flat = weight.flatten(1).double().numpy()
+            for rank in (1, 2, 4):
+                first, _, second, _ = factors(weight, bias, rank, known)
+                gone = flat - (second.flatten(1) @ first.flatten(1)).double().numpy()
+                lost = np.trace(gone @ gram @ gone.T) / np.trace(flat @ gram @ flat.T)
+                assert kept[name][rank - 1] == pytest.approx(1 - lost, abs=1e-4)
+            assert kept[name][-1] == pytest.approx(1) and len(kept[name]) == len(flat)
+            assert list(kept[name]) == sorted(kept[name])
 
 
 def test_pooled_moments_stand_for_every_kernel_position() -> None:

@@ -7,6 +7,7 @@ from autocomp.compress.channels_left import channels_left
 from autocomp.compress.equalize import equalize
 from autocomp.compress.export import export_compressed, export_onnx
 from autocomp.compress.footprint import footprint
+from autocomp.compress.low_rank import energies
 from autocomp.compress.moments import Moments
 from autocomp.compress.ranges import calibration_notes
 from autocomp.compress.sensitivity import divergences
@@ -27,6 +28,7 @@ __all__ = [
     "collect",
     "compress",
     "divergences",
+    "energies",
     "equalize",
     "export_compressed",
     "export_onnx",

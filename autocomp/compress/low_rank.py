@@ -9,11 +9,13 @@ from torch import Tensor, fx
 
 from autocomp.compress.moments import Moments
 from autocomp.compress.reconstruct import features_of
-from autocomp.compress.surgery import frozen, rebuild, tensors_of
-from autocomp.graph import LayerGraph
+from autocomp.compress.statistics import Statistics
+from autocomp.compress.surgery import frozen, kept_positions, rebuild, tensors_of
+from autocomp.compress.tracing import Traced
+from autocomp.graph import Layer, LayerGraph
 from autocomp.policy import Policy
 
-__all__ = ["factorized", "factors", "paired"]
+__all__ = ["energies", "factorized", "factors", "paired"]
 
 FAINT = 1e-6  # of the largest variance of a response: what varies less is not magnified more
 
@@ -36,13 +38,10 @@ def factors(weight: Tensor, bias: Tensor, rank: int, moments: Moments | None) ->
         weight (rank, in, *kernel) and bias (rank,) of the first, (out, rank, 1, ...) and (out,) of the second.
     """
     flat = weight.flatten(1).double()
-    if moments is None:
-        mean, responses = torch.zeros(flat.shape[1], dtype=torch.float64), flat @ flat.T
-    else:
+    mean = torch.zeros(flat.shape[1], dtype=torch.float64)
+    if moments is not None:
         mean = moments.mean.double().repeat_interleave(moments.pooled)
-        parts = weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2).double()  # (out, pooled, features)
-        responses = (parts @ moments.gram.double()).flatten(1) @ parts.flatten(1).T
-    variances, axes = torch.linalg.eigh(responses)
+    variances, axes = torch.linalg.eigh(_responses(weight, moments))
     variances, axes = variances.flip(0)[:rank], axes.flip(1)[:, :rank]
     least = float(variances[0]) * FAINT
     deviations = variances.clamp_min(least if least > 0 else 1.0).sqrt()
@@ -54,6 +53,48 @@ def factors(weight: Tensor, bias: Tensor, rank: int, moments: Moments | None) ->
         (axes * deviations).float().reshape(-1, rank, *ones),
         (bias.double() + flat @ mean).float(),
     )
+
+
+def _responses(weight: Tensor, moments: Moments | None) -> Tensor:
+    """Second moment of what a layer gives, (out, out), of white inputs where no moments are known."""
+    if moments is None:
+        flat = weight.flatten(1).double()
+        return flat @ flat.T
+    parts = weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2).double()  # (out, pooled, features)
+    return (parts @ moments.gram.double()).flatten(1) @ parts.flatten(1).T
+
+
+def energies(
+    traced: Traced,
+    statistics: Statistics,
+    kept: Mapping[str, tuple[int, ...]],
+    tensors: Mapping[str, NDArray[np.float32]],
+) -> dict[str, NDArray[np.float64]]:
+    """Of each layer that a pair may stand for: the share of its outputs' variance that every rank keeps, (out,).
+
+    Args:
+        kept, tensors: of a `Compressed`, all of whose layers are at full rank.
+    """
+    graph, found = traced.graph, {}
+    positions = kept_positions(graph, kept)
+    for layer in graph.layers:
+        if layer.most_rank and layer.weight in tensors:
+            weight = torch.from_numpy(tensors[layer.weight])
+            variances = torch.linalg.eigvalsh(_responses(weight, _stayed(layer, statistics.moments, positions)))
+            sums = variances.flip(0).clamp_min(0).cumsum(0)
+            found[layer.name] = (sums / sums[-1].clamp_min(FAINT**2)).numpy()
+    return found
+
+
+def _stayed(
+    layer: Layer, moments: Mapping[str, Moments], positions: Mapping[tuple[str, int], NDArray[np.int64]]
+) -> Moments | None:
+    """Moments of the inputs that a layer still reads."""
+    known, kept = moments.get(layer.name), positions.get((layer.weight, 1))
+    if known is None or kept is None:
+        return known
+    stay = features_of(layer.weight_shape[1], kept, known)
+    return Moments(known.mean[stay], known.gram[stay][:, stay], known.pooled)
 
 
 def factorized(
@@ -75,11 +116,8 @@ def factorized(
     for name, precision in policy.precisions.items():
         if precision.rank is None:
             continue
-        layer, known = graph.layer_by_name[name], moments.get(name)
-        kept = positions.get((layer.weight, 1))
-        if known is not None and kept is not None:
-            stay = features_of(layer.weight_shape[1], kept, known)
-            known = Moments(known.mean[stay], known.gram[stay][:, stay], known.pooled)
+        layer = graph.layer_by_name[name]
+        known = _stayed(layer, moments, positions)
         found = factors(tensors[layer.weight], tensors[layer.bias], precision.rank, known)
         names = (f"{name}.reduce.weight", f"{name}.reduce.bias", layer.weight, layer.bias)
         result.update(zip(names, found, strict=True))

@@ -160,7 +160,8 @@ def _images_in_sequence(graph: LayerGraph, policy: Policy, recipe: Recipe) -> in
     """How many images layers are solved on in sequence: where a branch goes, what the layers behind it read is too
     unlike the unpruned model's statistics for the closed form. Of a large model a trial takes fewer images, or none,
     since one pass over them would cost more than all the rest of it."""
-    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped):
+    reduced = any(precision.rank for precision in policy.precisions.values())
+    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped or reduced):
         return recipe.images
     if recipe.reconstruction != "auto" or not policy.dropped:
         return 0

@@ -44,7 +44,8 @@ def solve_in_sequence(
     inputs that the layers solved before give (He et al., Channel Pruning, ICCV 2017, section 3.2). Where the output
     goes into an addition only, its target is what is missing there from the original sum, the error of the stream
     included (section 3.3, multi-branch enhancement). Behind it a ReLU forgives what both models cut off (Zhang et
-    al., Accelerating Very Deep CNNs, TPAMI 2016, section 3.2.1, in the limit of a large penalty).
+    al., Accelerating Very Deep CNNs, TPAMI 2016, section 3.2.1, in the limit of a large penalty). A layer of reduced
+    rank has it from here on, so that those behind it make up for what it loses (section 3.3 there).
 
     A layer whose weight several operators read keeps what it has: no solution is for all of them.
 
@@ -147,7 +148,7 @@ class _Solver:
         self._bypass = {
             branch.add: branch.stream for branch in map(traced.graph.branch_by_name.__getitem__, policy.dropped)
         }
-        self._recipe = recipe
+        self._recipe, self._policy = recipe, policy
         self._shared = shared_parameters(traced.module)
 
     def run(self) -> dict[str, Tensor]:
@@ -173,7 +174,8 @@ class _Solver:
 
     def _equal(self, name: str, same: set[str]) -> bool:
         """Whether a node gives the same in both models, where the values in ``same`` do."""
-        if name not in self._compressed.nodes:
+        layer = self._graph.layer_by_node.get(name)
+        if name not in self._compressed.nodes or (layer and self._policy.precision(layer.name).rank):
             return False
         (before, old), (now, new) = self._original.reads(name), self._compressed.reads(name)
         return now == before and same.issuperset(now) and all(torch.equal(old[key], new[key]) for key in new)
@@ -194,7 +196,8 @@ class _Solver:
         if len(patches) < LEAST_ROWS * features:
             return {}
         inputs = patches.reshape(len(patches), groups, features).transpose(0, 1)
-        fit = _Fit.of(inputs, weight.reshape(groups, -1, features), self._recipe.ridge)
+        rank = self._policy.precision(layer.name).rank
+        fit = _Fit.of(inputs, weight.reshape(groups, -1, features), self._recipe.ridge, rank)
         target, beside, rectified = self._target(layer, chosen)
         target, beside = (fit.grouped(value) for value in (target, beside))
         solution = fit.solve(target)
@@ -259,6 +262,7 @@ class _Fit:
         weight: (groups, out, features).
         given: what the weight gives of the centred inputs, (groups, samples, out).
         factor: Cholesky factor of the ridged second moment, (groups, features, features).
+        rank: of the solution's weight; None for any.
     """
 
     inputs: Tensor
@@ -266,15 +270,16 @@ class _Fit:
     weight: Tensor
     given: Tensor
     factor: Tensor
+    rank: int | None
 
     @classmethod
-    def of(cls, inputs: Tensor, weight: Tensor, ridge: float) -> "_Fit":
+    def of(cls, inputs: Tensor, weight: Tensor, ridge: float, rank: int | None = None) -> "_Fit":
         """inputs: (groups, samples, features)."""
         mean = inputs.mean(1)
         inputs = inputs - mean[:, None]
         gram = (inner_products(inputs) / inputs.shape[1]).double()
         factor = damped_cholesky(gram, max(ridge, 1e-6))  # dead inputs keep their weights
-        return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), factor)
+        return cls(inputs, mean, weight, inputs @ weight.transpose(1, 2), factor, rank)
 
     def grouped(self, values: Tensor) -> Tensor:
         """(samples, groups * out) as (groups, samples, out)."""
@@ -292,4 +297,12 @@ class _Fit:
         missing = target - centre[:, None] - self.given
         moment = self.inputs.transpose(1, 2) @ missing / self.inputs.shape[1]
         weight = self.weight + torch.cholesky_solve(moment.double(), self.factor).float().transpose(1, 2)
+        weight = weight if self.rank is None else self._reduced(weight, self.rank)
         return weight, centre - (weight @ self.mean[:, :, None]).squeeze(2)
+
+    def _reduced(self, weight: Tensor, rank: int) -> Tensor:
+        """The weight of a rank whose outputs are nearest: these on their principal axes (Izenman, Reduced-rank
+        regression for the multivariate linear model, Journal of Multivariate Analysis 1975, section 2)."""
+        spread = weight.double() @ self.factor
+        axes: Tensor = torch.linalg.eigh(spread @ spread.transpose(1, 2)).eigenvectors[:, :, -rank:]
+        return (axes @ (axes.transpose(1, 2) @ weight.double())).float()

@@ -1,8 +1,9 @@
 """What a search begins with once single choices were measured: their best combinations by an additive model."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from autocomp.graph import Branch, LayerGraph
 from autocomp.outcome import Note, Observer
 from autocomp.policy import FP32, Policy
 from autocomp.space import PolicySpace
+from autocomp.study.ranks import reduced
 from autocomp.study.run import Run
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from autocomp.study.sweep import QUICK, obtain
@@ -22,6 +24,8 @@ __all__ = ["TARGETS", "allocated", "initial_policies", "losses_of", "quick_sensi
 
 TARGETS = (0.5, 0.7, 0.3, 0.6, 0.8, 0.4, 0.9)
 """Fractions of the MACs, from the middle outwards, so that a short list spans the range."""
+SHARES = (0.5, 0.25, 0.75, 0.0)
+"""Of what is saved where ranks save, too, on a logarithmic scale: the channels' part, the most promising first."""
 UNION_STATES = 256  # trades between the groups of one branch
 SMALLEST = 1e-9  # nats, and fractions of variance: what counts as nothing
 
@@ -42,11 +46,25 @@ def quick_sensitivity(bench: Workbench, run: Run, observer: Observer) -> Sensiti
 def initial_policies(
     bench: Workbench, limits: Limits, sensitivity: Sensitivity | None, count: int
 ) -> tuple[Policy, ...]:
-    """What a blind controller begins with, ``count`` policies at most; a MACs budget is a target of its own."""
+    """What a blind controller begins with, ``count`` policies at most; a MACs budget is a target of its own.
+
+    Where the space has ranks, those come first that lose channels and ranks.
+    """
     if sensitivity is None:
         return warm_start(bench.space, count)
     asked = [b.limit_for(limits.macs) / limits.macs for b in limits.budgets if b.metric == "macs"]
-    return starting_points(bench.space, sensitivity, count, (*asked, *TARGETS))
+    others = starting_points(bench.space, sensitivity, count, (*asked, *TARGETS))
+    return tuple(dict.fromkeys((*_reduced(bench, sensitivity, asked), *others)))[:count]
+
+
+def _reduced(bench: Workbench, sensitivity: Sensitivity, asked: Sequence[float]) -> Iterator[Policy]:
+    """For what is asked policies of all `SHARES`, or of the first for every one of `TARGETS`."""
+    shares = SHARES if asked else SHARES[:1]
+    for target, share in product(asked or TARGETS, shares if bench.space.ranks else ()):
+        for policy in allocated(bench.space, sensitivity, (target**share,)):
+            found = reduced(bench, policy, target)
+            if found is not None:
+                yield found
 
 
 def starting_points(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from autocomp.compress import Traced, compress, prune, run, sequential, trace
 from autocomp.compress.sequential import solve_in_sequence
 from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
-from autocomp.policy import Policy, Recipe
+from autocomp.policy import Policy, Precision, Recipe
 from tests.compress.conftest import UNSIGNED, Case
 from tests.compress.nets import images, trained
 
@@ -72,6 +72,38 @@ def test_a_layer_is_the_least_squares_solution_on_its_real_inputs() -> None:
     expected, *_ = np.linalg.lstsq(design, rows(wanted), rcond=None)
     np.testing.assert_allclose(found["outer.weight"].flatten(1).numpy(), expected[:-1].T, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(found["outer.bias"].numpy(), expected[-1], rtol=1e-2, atol=1e-3)
+
+
+def test_a_layer_of_reduced_rank_is_the_least_squares_solution_of_that_rank() -> None:
+    """Reduced-rank regression: what least squares gives, on its principal axes."""
+    model, inputs, kept = trained(Residual()), images(40, 5), [0, 2, 3, 6]
+    traced = trace(model, inputs[:2])
+    positions = kept_positions(traced.graph, {"inner": tuple(kept)})
+    module = rebuild(traced.module, traced.graph, slice_tensors(tensors_of(traced.module), positions))
+    policy = Policy({"inner": 4}, frozenset(), {"outer": Precision(rank=2)})
+    found = solve_in_sequence(traced, module, policy, positions, inputs, SEQUENTIAL)
+    with torch.no_grad():
+        inner = torch.tanh(model.inner(F.relu(model.stem(inputs))))
+        wanted = model.outer(inner)
+    design, targets = (value.movedim(1, -1).flatten(0, -2).double().numpy() for value in (inner[:, kept], wanted))
+    centred = design - design.mean(0)
+    best, *_ = np.linalg.lstsq(centred, targets - targets.mean(0), rcond=None)
+    axes = np.linalg.svd(centred @ best)[2][:2]
+    expected = best @ axes.T @ axes
+    weight = found["outer.weight"].flatten(1).double().numpy()
+    np.testing.assert_allclose(weight, expected.T, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(found["outer.bias"].numpy() + weight @ design.mean(0), targets.mean(0), atol=1e-3)
+    assert np.linalg.matrix_rank(weight, tol=1e-4) == 2
+
+
+@pytest.mark.parametrize("share", [0.9, 0.8])
+def test_layers_behind_make_up_for_what_lost_rank_changes(mixed: Case, share: float) -> None:
+    graph = mixed.traced.graph
+    ranks = {layer.name: int(share * graph.most_rank(layer.name)) for layer in graph.layers}
+    policy = Policy(precisions={name: Precision(rank=rank) for name, rank in ranks.items() if rank})
+    assert error(mixed, policy, SEQUENTIAL) < 0.8 * error(
+        mixed, policy, replace(SEQUENTIAL, reconstruction="closed_form")
+    )
 
 
 def test_a_branch_makes_up_for_what_its_stream_lacks() -> None:
