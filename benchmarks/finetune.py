@@ -49,6 +49,8 @@ STEPS = 20
 """Steps that an epoch's cost is taken from."""
 HARD = TrainingRecipe(epochs=10, lr=0.0015, batch=64, optimizer="muon", weight_decay=0.01, hints=5.0)
 """Where much is lost."""
+RANKS = tuple(count / 8 for count in range(7, 1, -1))
+"""Of layers as pairs of smaller ones, in eighths of the full rank."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def at_latency(depth: int, budget: str, job: Job) -> None:
 
 
 def at_macs(job: Job) -> None:
-    """Half of the multiply-accumulates of ResNet-20, in float32: a search over widths in eighths, then training.
+    """Half of the multiply-accumulates of ResNet-20, in float32: a search over widths and ranks, then training.
 
     Every layer stays, since what is trained for epochs learns more with its depth. Trials are solved in sequence, as
     the model is that training begins with.
@@ -145,9 +147,9 @@ def at_macs(job: Job) -> None:
 
     if not (out / "result.json").exists():
         shutil.rmtree(out, ignore_errors=True)
-        config = replace(bench.config, trials=100, baseline_trials=25)
+        config = replace(bench.config, trials=100, baseline_trials=100)
         tried = prepare(config, watch, recipe=Recipe(reconstruction="sequential", images=256))
-        fine = replace(tried, space=EIGHTHS.restrict(graph, Capabilities()))
+        fine = replace(tried, space=replace(EIGHTHS, ranks=RANKS).restrict(graph, Capabilities()))
         with begin(fine, LocalCrew()) as prologue, Run.create(out, manifest_of(fine)) as run:
             conduct(fine, prologue, run, watch)
     found = load_result(out).contenders
