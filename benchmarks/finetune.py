@@ -42,15 +42,13 @@ from autocomp.study.workbench import Workbench, prepare
 from autocomp.train import TrainingRecipe
 from benchmarks.common import cifar10, save, shared, show
 from benchmarks.main_job import bounded, describe, search
-from benchmarks.no_training import EIGHTHS, prepared
+from benchmarks.no_training import RANKED, prepared
 
 ROLES = ("best", "uniform", "random")
 STEPS = 20
 """Steps that an epoch's cost is taken from."""
-HARD = TrainingRecipe(epochs=10, lr=0.0015, batch=64, optimizer="muon", weight_decay=0.01, hints=5.0)
+HARD = TrainingRecipe(epochs=10, lr=0.0015, batch=64, optimizer="muon", weight_decay=0.01, hints=5.0, mixup=1.0)
 """Where much is lost."""
-RANKS = tuple(count / 8 for count in range(7, 1, -1))
-"""Of layers as pairs of smaller ones, in eighths of the full rank."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,7 @@ def at_macs(job: Job) -> None:
         shutil.rmtree(out, ignore_errors=True)
         config = replace(bench.config, trials=100, baseline_trials=100)
         tried = prepare(config, watch, recipe=Recipe(reconstruction="sequential", images=256))
-        fine = replace(tried, space=replace(EIGHTHS, ranks=RANKS).restrict(graph, Capabilities()))
+        fine = replace(tried, space=RANKED.restrict(graph, Capabilities()))
         with begin(fine, LocalCrew()) as prologue, Run.create(out, manifest_of(fine)) as run:
             conduct(fine, prologue, run, watch)
     found = load_result(out).contenders

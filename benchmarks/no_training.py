@@ -30,6 +30,7 @@ from autocomp.config import SearchConfig
 from autocomp.controllers import make_controller
 from autocomp.policy import INT8, Policy, Precision, Recipe
 from autocomp.space import SearchSpace
+from autocomp.study.ranks import reduced
 from autocomp.study.score import predict
 from autocomp.study.starts import allocated
 from autocomp.study.sweep import THOROUGH, measure
@@ -38,6 +39,8 @@ from benchmarks.common import cifar10, save, shared, show
 
 SEEDS = (0, 1, 2)
 EIGHTHS = SearchSpace("eighths", kept=tuple(count / 8 for count in range(8, 0, -1)), drop_branches=False)
+RANKED = replace(EIGHTHS, name="ranked", ranks=tuple(count / 8 for count in range(7, 1, -1)))
+"""Layers may be pairs of smaller ones, too."""
 
 
 def prepared(depth: int, data: Path, seed: int, space: str = "prune") -> Workbench:
@@ -77,12 +80,16 @@ def uniform(bench: Workbench) -> Policy:
     raise SystemExit("no uniform ratio leaves half of the MACs")
 
 
-def chosen(bench: Workbench) -> Policy:
-    """Ratios of least summed divergence at half of the MACs, each measured alone on images of the search split."""
-    space = EIGHTHS.restrict(bench.traced.graph, Capabilities())
-    fine = replace(bench, space=space)
-    (policy,) = allocated(space, measure(fine, THOROUGH, lambda event: None), (0.5,))
-    return policy
+def chosen(bench: Workbench) -> dict[str, Policy]:
+    """Ratios of least summed divergence at half of the MACs, each measured alone on images of the search split; and of
+    such ratios at the root of a half, with ranks for the rest."""
+    graph = bench.traced.graph
+    fine, ranked = (replace(bench, space=space.restrict(graph, Capabilities())) for space in (EIGHTHS, RANKED))
+    sensitivity = measure(fine, THOROUGH, lambda event: None)
+    (free,), (milder,) = (allocated(fine.space, sensitivity, (target,)) for target in (0.5, 0.5**0.5))
+    both = reduced(ranked, milder, 0.5)
+    assert both is not None
+    return {"free": free, "free, with ranks": both}
 
 
 def ways(bench: Workbench) -> dict[str, tuple[Recipe, Statistics]]:
@@ -107,7 +114,7 @@ def halved(depth: int, data: Path) -> dict[str, Any]:
     for seed in SEEDS:
         bench = prepared(depth, data, seed)
         graph = bench.traced.graph
-        for ratios, policy in (("uniform", uniform(bench)), ("free", chosen(bench))):
+        for ratios, policy in {"uniform": uniform(bench), **chosen(bench)}.items():
             macs.setdefault(ratios, []).append(graph.macs(policy) / graph.macs(Policy()))
             for name, (recipe, statistics) in ways(bench).items():
                 numerics = bench.backend.capabilities().numerics
