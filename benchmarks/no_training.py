@@ -30,7 +30,7 @@ from autocomp.config import SearchConfig
 from autocomp.controllers import make_controller
 from autocomp.policy import INT8, Policy, Precision, Recipe
 from autocomp.space import SearchSpace
-from autocomp.study.ranks import reduced
+from autocomp.study.ranks import with_ranks
 from autocomp.study.score import predict
 from autocomp.study.starts import allocated
 from autocomp.study.sweep import THOROUGH, measure
@@ -87,7 +87,7 @@ def chosen(bench: Workbench) -> dict[str, Policy]:
     fine, ranked = (replace(bench, space=space.restrict(graph, Capabilities())) for space in (EIGHTHS, RANKED))
     sensitivity = measure(fine, THOROUGH, lambda event: None)
     (free,), (milder,) = (allocated(fine.space, sensitivity, (target,)) for target in (0.5, 0.5**0.5))
-    both = reduced(ranked, milder, 0.5)
+    both = with_ranks(ranked, milder, 0.5)
     assert both is not None
     return {"free": free, "free, with ranks": both}
 

@@ -125,7 +125,9 @@ def prepared(case: str, hardware: str, work: Path, images: int) -> tuple[Bench, 
     def make(name: str, seed: int) -> Controller:
         if name == "guided":
             return make_controller(name, bench.space, seed, (), knowledge)
-        return make_controller(name, bench.space, seed, initial_policies(bench, limits, sensitivity, WARM_STARTS))
+        return make_controller(
+            name, bench.space, seed, initial_policies(bench, limits, sensitivity, lambda event: None, WARM_STARTS)
+        )
 
     file = folder / "evaluations.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

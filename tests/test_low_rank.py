@@ -1,5 +1,6 @@
 """Layers of reduced rank: the pair's weights against brute force, files against torch, and what a space offers."""
 
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -100,9 +101,10 @@ def test_energies_are_what_pairs_keep(case: Case) -> None:
     for policy in (Policy(), halves):
         numerics = Capabilities().numerics
         found = compress(case.traced, case.statistics, policy, RECIPE, numerics, case.images)
-        kept = energies(case.traced, case.statistics, found.kept, found.tensors)
-        assert kept.keys() == {layer.name for layer in graph.layers if layer.most_rank}
-        for name in ("block.conv2", "last", "hidden"):
+        names = ("block.conv2", "last", "hidden")
+        kept = energies(case.traced, case.statistics, found.kept, found.tensors, names)
+        assert kept.keys() == set(names)
+        for name in names:
             layer, known = graph.layer_by_name[name], case.statistics.moments[name]
             weight, bias = (torch.from_numpy(found.tensors[each]) for each in (layer.weight, layer.bias))
             rows = kept_positions(graph, found.kept).get((layer.weight, 1))
@@ -119,6 +121,25 @@ def test_energies_are_what_pairs_keep(case: Case) -> None:
                 assert kept[name][rank - 1] == pytest.approx(1 - lost, abs=1e-4)
             assert kept[name][-1] == pytest.approx(1) and len(kept[name]) == len(flat)
             assert list(kept[name]) == sorted(kept[name])
+
+
+def test_a_dead_layer_loses_nothing_with_its_ranks(case: Case) -> None:
+    found = compress(case.traced, case.statistics, Policy(), RECIPE, Capabilities().numerics, case.images)
+    dead = {**found.tensors, "last.weight": np.zeros_like(found.tensors["last.weight"])}
+    assert energies(case.traced, case.statistics, {}, dead, ["last"])["last"].tolist() == [1.0] * 8
+
+
+def test_ranges_are_those_behind_layers_that_lost_rank(case: Case) -> None:
+    """Of a finalist, against the module's own values; those of the unpruned model are wider or narrower."""
+    graph = case.traced.graph
+    ranks = {layer.name: graph.most_rank(layer.name) // 2 for layer in graph.layers}
+    policy = Policy(precisions={name: Precision("int8", "int8", rank=rank) for name, rank in ranks.items() if rank})
+    recipe, numerics = replace(RECIPE, reconstruction="sequential"), Capabilities().numerics
+    found = compress(case.traced, case.statistics, policy, recipe, numerics, case.images)
+    plain = compress(case.traced, case.statistics, Policy(precisions={n: INT8 for n in ranks}), recipe, numerics,
+                     case.images)  # fmt: skip
+    common = found.params.keys() & plain.params.keys()
+    assert sum(found.params[value].scale != plain.params[value].scale for value in common) > len(common) // 2
 
 
 def test_pooled_moments_stand_for_every_kernel_position() -> None:

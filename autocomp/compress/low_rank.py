@@ -1,12 +1,13 @@
 """Layers of reduced rank as pairs of smaller ones."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from autocomp.compress.damping import damped_cholesky
 from autocomp.compress.moments import Moments
 from autocomp.compress.reconstruct import features_of
 from autocomp.compress.statistics import Statistics
@@ -17,6 +18,7 @@ from autocomp.policy import Policy
 
 __all__ = ["energies", "factorized", "factors", "paired"]
 
+JITTER = 1e-9  # of the inputs' mean variance, so that any second moment has a factor
 FAINT = 1e-6  # of the largest variance of a response: what varies less is not magnified more
 
 
@@ -41,7 +43,8 @@ def factors(weight: Tensor, bias: Tensor, rank: int, moments: Moments | None) ->
     mean = torch.zeros(flat.shape[1], dtype=torch.float64)
     if moments is not None:
         mean = moments.mean.double().repeat_interleave(moments.pooled)
-    variances, axes = torch.linalg.eigh(_responses(weight, moments))
+    spread = _spread(weight, moments)
+    variances, axes = torch.linalg.eigh(spread @ spread.T)
     variances, axes = variances.flip(0)[:rank], axes.flip(1)[:, :rank]
     least = float(variances[0]) * FAINT
     deviations = variances.clamp_min(least if least > 0 else 1.0).sqrt()
@@ -55,35 +58,41 @@ def factors(weight: Tensor, bias: Tensor, rank: int, moments: Moments | None) ->
     )
 
 
-def _responses(weight: Tensor, moments: Moments | None) -> Tensor:
-    """Second moment of what a layer gives, (out, out), of white inputs where no moments are known."""
-    if moments is None:
-        flat = weight.flatten(1).double()
-        return flat @ flat.T
-    parts = weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2).double()  # (out, pooled, features)
-    return (parts @ moments.gram.double()).flatten(1) @ parts.flatten(1).T
-
-
 def energies(
     traced: Traced,
     statistics: Statistics,
     kept: Mapping[str, tuple[int, ...]],
     tensors: Mapping[str, NDArray[np.float32]],
+    names: Iterable[str],
 ) -> dict[str, NDArray[np.float64]]:
-    """Of each layer that a pair may stand for: the share of its outputs' variance that every rank keeps, (out,).
+    """Layer -> the share of its outputs' variance that every rank keeps, from 1 on, (out,).
+
+    A layer without moments, such as the first, is taken to read white noise, as `factors` does.
 
     Args:
-        kept, tensors: of a `Compressed`, all of whose layers are at full rank.
+        kept, tensors: of a `Compressed` with these layers at full rank.
+        names: of layers that a pair may stand for; those in dropped branches are left out.
     """
     graph, found = traced.graph, {}
     positions = kept_positions(graph, kept)
-    for layer in graph.layers:
-        if layer.most_rank and layer.weight in tensors:
+    for layer in map(graph.layer_by_name.__getitem__, names):
+        if layer.weight in tensors:
             weight = torch.from_numpy(tensors[layer.weight])
-            variances = torch.linalg.eigvalsh(_responses(weight, _stayed(layer, statistics.moments, positions)))
-            sums = variances.flip(0).clamp_min(0).cumsum(0)
-            found[layer.name] = (sums / sums[-1].clamp_min(FAINT**2)).numpy()
+            spread = _spread(weight, _stayed(layer, statistics.moments, positions))
+            smaller = spread @ spread.T if len(spread) <= spread.shape[1] else spread.T @ spread
+            sums = torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0).cumsum(0).numpy()
+            found[layer.name] = np.ones(len(weight))
+            if sums[-1] > 0:
+                found[layer.name][: len(sums)] = sums / sums[-1]
     return found
+
+
+def _spread(weight: Tensor, moments: Moments | None) -> Tensor:
+    """A, (out, inputs): what a layer gives, less its mean, has the second moment AA'."""
+    if moments is None:
+        return weight.flatten(1).double()
+    parts = weight.reshape(len(weight), -1, moments.pooled).transpose(1, 2).double()  # (out, pooled, features)
+    return (parts @ damped_cholesky(moments.gram.double(), JITTER)).flatten(1)
 
 
 def _stayed(

@@ -160,8 +160,7 @@ def _images_in_sequence(graph: LayerGraph, policy: Policy, recipe: Recipe) -> in
     """How many images layers are solved on in sequence: where a branch goes, what the layers behind it read is too
     unlike the unpruned model's statistics for the closed form. Of a large model a trial takes fewer images, or none,
     since one pass over them would cost more than all the rest of it."""
-    reduced = any(precision.rank for precision in policy.precisions.values())
-    if recipe.reconstruction == "sequential" and (policy.kept or policy.dropped or reduced):
+    if recipe.reconstruction == "sequential" and _loses(policy):
         return recipe.images
     if recipe.reconstruction != "auto" or not policy.dropped:
         return 0
@@ -181,10 +180,15 @@ def _worth_recalibrating(policy: Policy, recipe: Recipe) -> bool:
 def _ranges_kept(policy: Policy, recipe: Recipe) -> bool:
     """Whether values still have the unpruned model's ranges, at least nearly: a pass over images for every policy would
     cost more than all the rest. The closed form keeps mean and variance; finalists are looked at anew."""
-    if not policy.kept and not policy.dropped:
+    if not _loses(policy):
         return True
     closed = recipe.reconstruction in ("closed_form", "auto") and not policy.dropped
     return closed and recipe.recalibration != "always"
+
+
+def _loses(policy: Policy) -> bool:
+    """Whether channels, branches or ranks go."""
+    return bool(policy.kept or policy.dropped or any(found.rank for found in policy.precisions.values()))
 
 
 def _reconstructed(

@@ -45,7 +45,7 @@ def solve_in_sequence(
     goes into an addition only, its target is what is missing there from the original sum, the error of the stream
     included (section 3.3, multi-branch enhancement). Behind it a ReLU forgives what both models cut off (Zhang et
     al., Accelerating Very Deep CNNs, TPAMI 2016, section 3.2.1, in the limit of a large penalty). A layer of reduced
-    rank has it from here on, so that those behind it make up for what it loses (section 3.3 there).
+    rank that is solved has it from here on, so that those behind it make up for what it loses (section 3.3 there).
 
     A layer whose weight several operators read keeps what it has: no solution is for all of them.
 
@@ -297,7 +297,8 @@ class _Fit:
         missing = target - centre[:, None] - self.given
         moment = self.inputs.transpose(1, 2) @ missing / self.inputs.shape[1]
         weight = self.weight + torch.cholesky_solve(moment.double(), self.factor).float().transpose(1, 2)
-        weight = weight if self.rank is None else self._reduced(weight, self.rank)
+        if self.rank is not None and bool(torch.isfinite(weight).all()):
+            weight = self._reduced(weight, self.rank)
         return weight, centre - (weight @ self.mean[:, :, None]).squeeze(2)
 
     def _reduced(self, weight: Tensor, rank: int) -> Tensor:

@@ -1,22 +1,20 @@
 """Ranks for all layers at once, from what each keeps of its outputs."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from math import log
 
 from autocomp.compress import energies
-from autocomp.controllers import frontier
-from autocomp.graph import LayerGraph
+from autocomp.controllers import allocate
+from autocomp.parts import elements, most_rank
 from autocomp.policy import Policy, Precision
 from autocomp.study.workbench import Workbench
 
-__all__ = ["reduced"]
+__all__ = ["with_ranks"]
 
 LEAST = 1e-9
 """Share of a variance that counts as nothing."""
 
 
-def reduced(bench: Workbench, policy: Policy, target: float) -> Policy | None:
+def with_ranks(bench: Workbench, policy: Policy, target: float) -> Policy | None:
     """A policy with the ranks that keep most at a fraction of the uncompressed model's MACs.
 
     Most is the product, over the layers, of the shares of their outputs' variance that are kept (Zhang et al.,
@@ -27,44 +25,30 @@ def reduced(bench: Workbench, policy: Policy, target: float) -> Policy | None:
 
     Returns:
         None where the lowest ranks still take too many.
+
+    Raises:
+        CompressError: the policy cannot be compressed.
     """
     graph, compressed = bench.traced.graph, bench.emitter.compress(policy)
-    kept = energies(bench.traced, bench.statistics, compressed.kept, compressed.tensors)
-    choices = [
-        _choices(graph, policy, decision.name, decision.options, kept[decision.name].tolist())
-        for decision in bench.space.decisions
-        if decision.kind == "precision" and decision.name in kept
-    ]
-    limit = target * graph.macs(Policy())
-    cheapest_first = frontier([[c.loss for c in row] for row in choices], [[c.macs for c in row] for row in choices])
-    fixed = graph.macs(policy) - sum(row[0].macs for row in choices)
-    for found in reversed(cheapest_first):
-        if fixed + found.cost <= limit:
-            chosen = {row[at].layer: row[at].precision for row, at in zip(choices, found.choices, strict=True)}
-            return graph.normalise(Policy(policy.kept, policy.dropped, {**policy.precisions, **chosen}))
-    return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Choice:
-    """A layer at a rank, or at full rank."""
-
-    layer: str
-    precision: Precision
-    loss: float
-    macs: float
-
-
-def _choices(
-    graph: LayerGraph, policy: Policy, layer: str, options: Sequence[object], kept: Sequence[float]
-) -> list[_Choice]:
-    """What a layer may be, at full rank first, of those that are smaller in a policy."""
-    full = policy.precision(layer)
-    found = [_Choice(layer, full, 0.0, graph.layer_macs(policy)[layer])]
-    for option in options:
-        if isinstance(option, Precision) and option.rank and option.full_rank == full:
-            tried = graph.normalise(Policy(policy.kept, policy.dropped, {**policy.precisions, layer: option}))
-            if tried.precision(layer) == option:
-                loss = -log(max(kept[option.rank - 1], LEAST))
-                found.append(_Choice(layer, option, loss, graph.layer_macs(tried)[layer]))
-    return found
+    shapes, macs = graph.parameter_shapes(policy), graph.layer_macs(policy)
+    ranks: dict[str, list[Precision]] = {}
+    for decision in bench.space.decisions:
+        layer = graph.layer_by_name.get(decision.name)
+        if decision.kind == "precision" and layer is not None and layer.name in macs:
+            full, most = policy.precision(layer.name), most_rank(shapes[layer.weight])
+            options = [option for option in decision.options if isinstance(option, Precision)]
+            ranks[layer.name] = [o for o in options if o.rank and o.rank <= most and o.full_rank == full]
+    ranks = {name: options for name, options in ranks.items() if options}
+    shares = energies(bench.traced, bench.statistics, compressed.kept, compressed.tensors, ranks)
+    losses, costs = list[list[float]](), list[list[float]]()
+    for name, options in ranks.items():
+        layer = graph.layer_by_name[name]
+        taken = [option.rank for option in options if option.rank]
+        losses.append([0.0, *(-log(max(float(shares[name][rank - 1]), LEAST)) for rank in taken)])
+        costs.append([float(layer.positions * elements(shapes[layer.weight], rank)) for rank in (None, *taken)])
+    others = sum(count for name, count in macs.items() if name not in ranks)
+    found = allocate(losses, costs, target * graph.macs(Policy()) - others)
+    if found is None:
+        return None
+    chosen = {name: options[at - 1] for (name, options), at in zip(ranks.items(), found.choices, strict=True) if at}
+    return graph.normalise(Policy(policy.kept, policy.dropped, {**policy.precisions, **chosen}))

@@ -265,7 +265,7 @@ def _controller(
             if knowledge is not None:
                 return make_controller(name, bench.space, config.seed, tuple(first), knowledge)
         name = "evolution"
-    initial = (*first, *initial_policies(bench, limits, sensitivity, WARM_STARTS))
+    initial = (*first, *initial_policies(bench, limits, sensitivity, observer, WARM_STARTS))
     return make_controller(name, bench.space, config.seed, initial)
 
 

@@ -1,9 +1,9 @@
 """What a search begins with once single choices were measured: their best combinations by an additive model."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, islice, zip_longest
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from autocomp.graph import Branch, LayerGraph
 from autocomp.outcome import Note, Observer
 from autocomp.policy import FP32, Policy
 from autocomp.space import PolicySpace
-from autocomp.study.ranks import reduced
+from autocomp.study.ranks import with_ranks
 from autocomp.study.run import Run
 from autocomp.study.sensitivity import Sensitivity, SensitivityRow
 from autocomp.study.sweep import QUICK, obtain
@@ -25,7 +25,7 @@ __all__ = ["TARGETS", "allocated", "initial_policies", "losses_of", "quick_sensi
 TARGETS = (0.5, 0.7, 0.3, 0.6, 0.8, 0.4, 0.9)
 """Fractions of the MACs, from the middle outwards, so that a short list spans the range."""
 SHARES = (0.5, 0.25, 0.75, 0.0)
-"""Of what is saved where ranks save, too, on a logarithmic scale: the channels' part, the most promising first."""
+"""Exponents s: channels go to target**s of the MACs and ranks do the rest; the most promising first."""
 UNION_STATES = 256  # trades between the groups of one branch
 SMALLEST = 1e-9  # nats, and fractions of variance: what counts as nothing
 
@@ -44,27 +44,47 @@ def quick_sensitivity(bench: Workbench, run: Run, observer: Observer) -> Sensiti
 
 
 def initial_policies(
-    bench: Workbench, limits: Limits, sensitivity: Sensitivity | None, count: int
+    bench: Workbench, limits: Limits, sensitivity: Sensitivity | None, observer: Observer, count: int
 ) -> tuple[Policy, ...]:
     """What a blind controller begins with, ``count`` policies at most; a MACs budget is a target of its own.
 
-    Where the space has ranks, those come first that lose channels and ranks.
+    Where the space has ranks, policies that lose channels and ranks are among them: before the others, with all
+    `SHARES`, where a MACs budget is asked for, or in turn with the others, one for each of `TARGETS`. Without a
+    sensitivity there is only the ladder of `warm_start`.
     """
     if sensitivity is None:
         return warm_start(bench.space, count)
     asked = [b.limit_for(limits.macs) / limits.macs for b in limits.budgets if b.metric == "macs"]
     others = starting_points(bench.space, sensitivity, count, (*asked, *TARGETS))
-    return tuple(dict.fromkeys((*_reduced(bench, sensitivity, asked), *others)))[:count]
+    ranked = _ranked(bench, sensitivity, observer, asked)
+    both = (*ranked, *others) if asked else chain.from_iterable(zip_longest(others, ranked))
+    return tuple(dict.fromkeys(policy for policy in both if policy is not None))[:count]
 
 
-def _reduced(bench: Workbench, sensitivity: Sensitivity, asked: Sequence[float]) -> Iterator[Policy]:
-    """For what is asked policies of all `SHARES`, or of the first for every one of `TARGETS`."""
-    shares = SHARES if asked else SHARES[:1]
-    for target, share in product(asked or TARGETS, shares if bench.space.ranks else ()):
-        for policy in allocated(bench.space, sensitivity, (target**share,)):
-            found = reduced(bench, policy, target)
-            if found is not None:
-                yield found
+def _ranked(
+    bench: Workbench, sensitivity: Sensitivity, observer: Observer, asked: Sequence[float]
+) -> tuple[Policy, ...]:
+    """Policies with ranks, for what is asked or for `TARGETS`; none where the space has none."""
+    found: list[Policy] = []
+    for target in (asked or TARGETS) if bench.space.ranks else ():
+        tried = (_with_ranks(bench, sensitivity, observer, target, share) for share in SHARES)
+        known = (policy for policy in tried if policy is not None)
+        found += islice(known, None if asked else 1)
+    return tuple(found)
+
+
+def _with_ranks(
+    bench: Workbench, sensitivity: Sensitivity, observer: Observer, target: float, share: float
+) -> Policy | None:
+    """None where the space does not reach so far, or with a note where the policy cannot be compressed."""
+    try:
+        candidates = (
+            with_ranks(bench, policy, target) for policy in allocated(bench.space, sensitivity, (target**share,))
+        )
+        return next((policy for policy in candidates if policy and bench.space.contains(policy)), None)
+    except CompressError as error:
+        observer(Note(f"the search begins without a policy of reduced ranks: {error}"))
+        return None
 
 
 def starting_points(

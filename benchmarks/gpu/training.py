@@ -55,7 +55,7 @@ def finetune(job: Job) -> None:
         try:
             begun = perf_counter()
             bench = prepared(depth, cifar10(job.work), 0)
-            policy = Policy.from_json(known["chosen"]) if "chosen" in known else chosen(bench)
+            policy = Policy.from_json(known["chosen"]) if "chosen" in known else chosen(bench)["free"]
             row_of(job, title, bench, policy, seconds - (perf_counter() - begun), goal)
         except AutocompError as error:
             job.keep(**{title: {**job.found().get(title, {}), "error": str(error)}})

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from autocomp.compress import Traced, compress, prune, run, sequential, trace
 from autocomp.compress.sequential import solve_in_sequence
 from autocomp.compress.surgery import kept_positions, rebuild, slice_tensors, tensors_of
+from autocomp.errors import CompressError
 from autocomp.policy import Policy, Precision, Recipe
 from tests.compress.conftest import UNSIGNED, Case
 from tests.compress.nets import images, trained
@@ -94,6 +95,14 @@ def test_a_layer_of_reduced_rank_is_the_least_squares_solution_of_that_rank() ->
     np.testing.assert_allclose(weight, expected.T, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(found["outer.bias"].numpy() + weight @ design.mean(0), targets.mean(0), atol=1e-3)
     assert np.linalg.matrix_rank(weight, tol=1e-4) == 2
+
+
+def test_a_reduced_layer_that_reads_no_numbers_is_told() -> None:
+    traced, inputs = trace(trained(Residual()), images(2, 5)), images(40, 5)
+    inputs[0] = torch.nan
+    with pytest.raises(CompressError, match="solving stem in sequence gave NaN: raise the recipe's ridge"):
+        policy = Policy(precisions={"stem": Precision(rank=1)})
+        solve_in_sequence(traced, traced.module, policy, {}, inputs, SEQUENTIAL)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.8])

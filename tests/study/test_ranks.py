@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ from autocomp.capabilities import Capabilities
 from autocomp.compress import energies
 from autocomp.config import SearchConfig
 from autocomp.data import DataOptions, splits_from_objects
+from autocomp.errors import CompressError
 from autocomp.models import wrap_model
+from autocomp.outcome import Event, Note, Observer
 from autocomp.policy import INT8, Policy, Precision
 from autocomp.space import Rule, SearchSpace
-from autocomp.study.ranks import reduced
-from autocomp.study.starts import TARGETS, allocated, initial_policies, starting_points
+from autocomp.study import starts
+from autocomp.study.ranks import with_ranks
+from autocomp.study.starts import SHARES, TARGETS, allocated, initial_policies, starting_points
 from autocomp.study.sweep import QUICK, measure
 from autocomp.study.trial import Limits
 from autocomp.study.workbench import Workbench, prepare
@@ -44,7 +48,7 @@ def test_it_is_the_best_of_all_combinations(plain: Workbench, base: Policy, targ
     rules = tuple(Rule(name, ranks=(0.75, 0.5, 0.25)) for name in wide)
     bench = over(plain, SearchSpace("s", kept=KEPT, rules=rules))
     graph, compressed = bench.traced.graph, bench.emitter.compress(base)
-    kept = energies(bench.traced, bench.statistics, compressed.kept, compressed.tensors)
+    kept = energies(bench.traced, bench.statistics, compressed.kept, compressed.tensors, wide)
     allowed = {d.name: d.options for d in bench.space.decisions if d.kind == "precision"}
     best: tuple[float, Policy] | None = None
     for chosen in product(*(allowed[name] for name in wide)):
@@ -54,7 +58,7 @@ def test_it_is_the_best_of_all_combinations(plain: Workbench, base: Policy, targ
             ranks = {name: tried.precision(name).rank for name in wide}
             score = prod(float(kept[name][rank - 1]) for name, rank in ranks.items() if rank)
             best = max(best or (0.0, tried), (score, tried), key=lambda pair: pair[0])
-    found = reduced(bench, base, target)
+    found = with_ranks(bench, base, target)
     assert (found is None) == (best is None)
     if found is not None and best is not None:
         ranks = {name: found.precision(name).rank for name in wide}
@@ -63,31 +67,58 @@ def test_it_is_the_best_of_all_combinations(plain: Workbench, base: Policy, targ
         assert bench.space.contains(found)
 
 
-@pytest.mark.parametrize("budget", ["0.6xMACs", "5ms"])
+def begun(bench: Workbench, budget: str, observer: Observer = lambda event: None) -> tuple[Policy, ...]:
+    sensitivity = measure(bench, QUICK, lambda event: None)
+    limits = Limits(parse_budgets([budget]), {"p50": 10.0}, bench.traced.graph.macs(Policy()), 1)
+    return initial_policies(bench, limits, sensitivity, observer, 24)
+
+
+def ranks_of(policy: Policy) -> list[int]:
+    return [found.rank for found in policy.precisions.values() if found.rank]
+
+
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
-def test_a_search_with_ranks_begins_with_channels_and_ranks(plain: Workbench, budget: str, kind: str) -> None:
+def test_a_search_with_ranks_begins_with_channels_and_ranks(plain: Workbench, kind: str) -> None:
+    """With every share where MACs are asked for, else one for each target, in turn with the other policies."""
     precisions = (Precision.parse(kind),)
     bench = over(plain, SearchSpace("s", kept=KEPT, ranks=(0.75, 0.5, 0.25), precisions=precisions, drop_branches=True))
-    graph = bench.traced.graph
+    graph, whole = bench.traced.graph, bench.traced.graph.macs(Policy())
     sensitivity = measure(bench, QUICK, lambda event: None)
-    whole = graph.macs(Policy())
-    limits = Limits(parse_budgets([budget]), {"p50": 10.0}, whole, 1)
-    found = initial_policies(bench, limits, sensitivity, 24)
-    assert len(found) == len(set(found)) == 24 and all(map(bench.space.contains, found))
-    both = [policy for policy in found[:3] if policy.kept and any(p.rank for p in policy.precisions.values())]
-    assert len(both) >= 2
-    targets = [0.6] if budget == "0.6xMACs" else TARGETS
-    assert graph.macs(found[0]) <= targets[0] * whole
-    assert all(found[0].precision(name).full_rank == precisions[0] for name in graph.layer_macs(found[0]))
-    (narrow,) = allocated(bench.space, sensitivity, (targets[0] ** 0.5,))
-    assert found[0] == reduced(bench, narrow, targets[0])
-    others = starting_points(bench.space, sensitivity, 24, (*([0.6] if len(targets) == 1 else []), *TARGETS))
-    assert found[-1] in others
+
+    def expected(target: float, share: float) -> Policy | None:
+        (milder,) = allocated(bench.space, sensitivity, (target**share,))
+        return with_ranks(bench, milder, target)
+
+    asked, other = begun(bench, "0.6xMACs"), begun(bench, "5ms")
+    for found in (asked, other):
+        assert len(found) == len(set(found)) == 24 and all(map(bench.space.contains, found))
+    wanted = [policy for share in SHARES if (policy := expected(0.6, share)) is not None]
+    assert len(wanted) >= 3 and list(asked[: len(wanted)]) == wanted
+    assert wanted[0].kept and ranks_of(wanted[0]) and graph.macs(wanted[0]) <= 0.6 * whole
+    assert all(wanted[0].precision(name).full_rank == precisions[0] for name in graph.layer_macs(wanted[0]))
+    plainly = starting_points(bench.space, sensitivity, 24, (0.6, *TARGETS))
+    assert asked[len(wanted) :] == tuple(policy for policy in plainly if policy not in wanted)[: 24 - len(wanted)]
+    assert other[0] == starting_points(bench.space, sensitivity, 24)[0] and other[1] == expected(TARGETS[0], SHARES[0])
+
+
+def test_where_channels_do_not_reach_ranks_do(plain: Workbench) -> None:
+    bench = over(plain, SearchSpace("s", ranks=(0.75, 0.5, 0.25)))
+    whole = bench.traced.graph.macs(Policy())
+    found = [policy for policy in begun(bench, "5ms") if ranks_of(policy)]
+    assert {round(bench.traced.graph.macs(policy) / whole, 1) for policy in found} >= {0.5, 0.7, 0.9}
+
+
+def test_one_that_cannot_be_compressed_is_left_out(plain: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*parts: Any) -> Policy:
+        raise CompressError("NaN in block.conv1")
+
+    events: list[Event] = []
+    monkeypatch.setattr(starts, "with_ranks", failing)
+    found = begun(over(plain, SearchSpace("s", kept=KEPT, ranks=(0.5,))), "0.6xMACs", events.append)
+    assert found and all(isinstance(event, Note) and "NaN in block.conv1" in event.text for event in events) and events
 
 
 def test_without_ranks_nothing_changes(plain: Workbench) -> None:
     bench = over(plain, SearchSpace("s", kept=KEPT))
     sensitivity = measure(bench, QUICK, lambda event: None)
-    limits = Limits(parse_budgets(["0.6xMACs"]), {}, bench.traced.graph.macs(Policy()), 1)
-    found = initial_policies(bench, limits, sensitivity, 12)
-    assert found == starting_points(bench.space, sensitivity, 12, (0.6, *TARGETS))
+    assert begun(bench, "0.6xMACs") == starting_points(bench.space, sensitivity, 24, (0.6, *TARGETS))

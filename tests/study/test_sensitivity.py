@@ -179,7 +179,7 @@ def test_a_search_begins_without_it_when_a_choice_fails(
     limits = Limits((), {}, bench.traced.graph.macs(Policy()), 1)
     with Run.create(tmp_path / "run", Manifest("0.1.0", {}, [], {}, {}, {})) as opened:
         sensitivity = starts.quick_sensitivity(bench, opened, events.append)
-    policies = starts.initial_policies(bench, limits, sensitivity, 10)
+    policies = starts.initial_policies(bench, limits, sensitivity, ignore, 10)
     assert len(policies) == 10 and policies[0] == Policy()
     assert any(isinstance(event, Note) and "NaN in conv1" in event.text for event in events)
 

@@ -28,7 +28,7 @@ __all__ = ["ANSWER_S", "check"]
 ANSWER_S = 5.0
 """Longest wait for an address to accept a connection."""
 ATTEMPTS = 3
-"""Ray forks a server for each client while its other threads run, and now and then one is dead within milliseconds."""
+"""To connect: Ray forks a server for each client while its threads run, and now and then one is dead at once."""
 _LOST = "Starting Ray client server failed"
 _TOKEN = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to what 'ray get-auth-token' prints on its head"
 LOOK_S = 30.0
@@ -76,14 +76,15 @@ def _connect(address: str | None) -> None:
         raise ConfigError(f"the Ray cluster at {where} cannot be used: {_said(error)}") from error
 
 
-def _begin(address: str | None, dashboard: bool | None, attempts: int = ATTEMPTS) -> None:
+def _begin(address: str | None, dashboard: bool | None) -> None:
     """As `ray.init`, and again where a client's server was lost at its start."""
-    try:
-        ray.init(address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
-    except ConnectionAbortedError as error:
-        if _LOST not in str(error) or attempts == 1:
-            raise
-        _begin(address, dashboard, attempts - 1)
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            ray.init(address, include_dashboard=dashboard, logging_level=logging.ERROR, log_to_driver=False)
+            return
+        except ConnectionAbortedError as error:
+            if _LOST not in str(error) or left == 0:
+                raise
 
 
 @contextmanager
