@@ -77,11 +77,9 @@ def _with_ranks(
     bench: Workbench, sensitivity: Sensitivity, observer: Observer, target: float, share: float
 ) -> Policy | None:
     """None where the space does not reach so far, or with a note where the policy cannot be compressed."""
+    milder = allocated(bench.space, sensitivity, (target**share,))
     try:
-        candidates = (
-            with_ranks(bench, policy, target) for policy in allocated(bench.space, sensitivity, (target**share,))
-        )
-        return next((policy for policy in candidates if policy and bench.space.contains(policy)), None)
+        return with_ranks(bench, milder[0], target) if milder else None
     except CompressError as error:
         observer(Note(f"the search begins without a policy of reduced ranks: {error}"))
         return None
