@@ -219,7 +219,7 @@ def test_training_is_for_the_epochs_that_fit_and_kept(
     monkeypatch.setattr(training, "GOALS", {20: 101.0})
     monkeypatch.setattr(training, "prepared", lambda depth, data, seed: bench)
     monkeypatch.setattr(training, "cifar10", lambda folder: folder)
-    monkeypatch.setattr(training, "chosen", half)
+    monkeypatch.setattr(training, "chosen", lambda bench: {"free": half(bench)})
     monkeypatch.setenv("AUTOCOMP_SHARED", str(job.work))
     assert training.fitting(bench, half(bench), 0.0).epochs == 1
     tuned: Callable[..., dict[str, Any]] = training.tuned
