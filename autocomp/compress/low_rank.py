@@ -71,19 +71,18 @@ def energies(
 
     Args:
         kept, tensors: of a `Compressed` with these layers at full rank.
-        names: of layers that a pair may stand for; those in dropped branches are left out.
+        names: of layers that a pair may stand for.
     """
     graph, found = traced.graph, {}
     positions = kept_positions(graph, kept)
     for layer in map(graph.layer_by_name.__getitem__, names):
-        if layer.weight in tensors:
-            weight = torch.from_numpy(tensors[layer.weight])
-            spread = _spread(weight, _stayed(layer, statistics.moments, positions))
-            smaller = spread @ spread.T if len(spread) <= spread.shape[1] else spread.T @ spread
-            sums = torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0).cumsum(0).numpy()
-            found[layer.name] = np.ones(len(weight))
-            if sums[-1] > 0:
-                found[layer.name][: len(sums)] = sums / sums[-1]
+        weight = torch.from_numpy(tensors[layer.weight])
+        spread = _spread(weight, _stayed(layer, statistics.moments, positions))
+        smaller = spread @ spread.T if len(spread) <= spread.shape[1] else spread.T @ spread
+        sums = torch.linalg.eigvalsh(smaller).flip(0).clamp_min(0).cumsum(0).numpy()
+        found[layer.name] = np.ones(len(weight))
+        if sums[-1] > 0:
+            found[layer.name][: len(sums)] = sums / sums[-1]
     return found
 
 

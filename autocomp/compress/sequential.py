@@ -273,7 +273,7 @@ class _Fit:
     rank: int | None
 
     @classmethod
-    def of(cls, inputs: Tensor, weight: Tensor, ridge: float, rank: int | None = None) -> "_Fit":
+    def of(cls, inputs: Tensor, weight: Tensor, ridge: float, rank: int | None) -> "_Fit":
         """inputs: (groups, samples, features)."""
         mean = inputs.mean(1)
         inputs = inputs - mean[:, None]

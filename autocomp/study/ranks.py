@@ -29,26 +29,29 @@ def with_ranks(bench: Workbench, policy: Policy, target: float) -> Policy | None
     Raises:
         CompressError: the policy cannot be compressed.
     """
-    graph, compressed = bench.traced.graph, bench.emitter.compress(policy)
+    graph = bench.traced.graph
+    whole = bench.emitter.compress(Policy(policy.kept, policy.dropped))  # float weights are all that is read
     shapes, macs = graph.parameter_shapes(policy), graph.layer_macs(policy)
-    ranks: dict[str, list[Precision]] = {}
+    ranks: dict[str, dict[int, Precision]] = {}
     for decision in bench.space.decisions:
-        layer = graph.layer_by_name.get(decision.name)
-        if decision.kind == "precision" and layer is not None and layer.name in macs:
-            full, most = policy.precision(layer.name), most_rank(shapes[layer.weight])
+        if decision.kind == "precision" and (name := decision.name) in macs:
+            full, most = policy.precision(name), most_rank(shapes[graph.layer_by_name[name].weight])
             options = [option for option in decision.options if isinstance(option, Precision)]
-            ranks[layer.name] = [o for o in options if o.rank and o.rank <= most and o.full_rank == full]
-    ranks = {name: options for name, options in ranks.items() if options}
-    shares = energies(bench.traced, bench.statistics, compressed.kept, compressed.tensors, ranks)
-    losses, costs = list[list[float]](), list[list[float]]()
-    for name, options in ranks.items():
-        layer = graph.layer_by_name[name]
-        taken = [option.rank for option in options if option.rank]
-        losses.append([0.0, *(-log(max(float(shares[name][rank - 1]), LEAST)) for rank in taken)])
-        costs.append([float(layer.positions * elements(shapes[layer.weight], rank)) for rank in (None, *taken)])
+            found = {o.rank: o for o in options if o.rank and o.rank <= most and o.full_rank == full}
+            if found:
+                ranks[name] = found
+    shares = energies(bench.traced, bench.statistics, whole.kept, whole.tensors, ranks)
+    losses = [
+        [0.0, *(-log(max(float(shares[name][rank - 1]), LEAST)) for rank in found)] for name, found in ranks.items()
+    ]
+    costs = [
+        [float(layer.positions * elements(shapes[layer.weight], rank)) for rank in (None, *ranks[layer.name])]
+        for layer in map(graph.layer_by_name.__getitem__, ranks)
+    ]
     others = sum(count for name, count in macs.items() if name not in ranks)
-    found = allocate(losses, costs, target * graph.macs(Policy()) - others)
-    if found is None:
+    best = allocate(losses, costs, target * graph.macs(Policy()) - others)
+    if best is None:
         return None
-    chosen = {name: options[at - 1] for (name, options), at in zip(ranks.items(), found.choices, strict=True) if at}
+    choices = zip(ranks.items(), best.choices, strict=True)
+    chosen = {name: [*found.values()][at - 1] for (name, found), at in choices if at}
     return graph.normalise(Policy(policy.kept, policy.dropped, {**policy.precisions, **chosen}))
